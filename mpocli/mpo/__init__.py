@@ -1,0 +1,32 @@
+"""Numerics of matrix product operators: torch and the standard library only."""
+
+from mpocli.mpo.canonical import canonical_defect, canonicalize, compress, symmetric_gauge
+from mpocli.mpo.contract import apply_chain, chain_macs, choose_path, rebuild_macs, to_dense
+from mpocli.mpo.factorize import site_shape
+from mpocli.mpo.from_matrix import decompose, stored_error
+from mpocli.mpo.mpo import MPO
+from mpocli.mpo.shape import SiteShape
+from mpocli.mpo.spectrum import bond_spectra, entropy_nats, error_bounds
+from mpocli.mpo.truncation import Truncation, TruncationError
+
+__all__ = [
+    "MPO",
+    "SiteShape",
+    "Truncation",
+    "TruncationError",
+    "apply_chain",
+    "bond_spectra",
+    "canonical_defect",
+    "canonicalize",
+    "chain_macs",
+    "choose_path",
+    "compress",
+    "decompose",
+    "entropy_nats",
+    "error_bounds",
+    "rebuild_macs",
+    "site_shape",
+    "stored_error",
+    "symmetric_gauge",
+    "to_dense",
+]
