@@ -1,0 +1,1 @@
+"""Files: checkpoints, the manifest, and output directories; no transformers."""

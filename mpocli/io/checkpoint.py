@@ -1,0 +1,174 @@
+"""Read safetensors checkpoints tensor by tensor, whole or sharded, without mapping them into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mpocli.errors import InputError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "model.pth")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a stored tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The tensors of a model directory. Opens every file's header at once, and the data only on `read`.
+
+    Raises `InputError` for a directory without safetensors weights (pickles are never opened), for a file that
+    is truncated or corrupt, and for an index that names what is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = _weight_files(directory)
+        self.specs: dict[str, TensorSpec] = {}
+        self._handles: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                # Plain reads instead of a memory map: mapped pages count as this process's memory.
+                handle = safe_open(file, framework="pt", device="cpu", backend="pread")
+                for name in handle.keys():
+                    view = handle.get_slice(name)
+                    dtype = DTYPES.get(view.get_dtype())
+                    if dtype is None:
+                        raise InputError(
+                            f"{file.name}: tensor {name} has dtype {view.get_dtype()}, which mpocli does not read",
+                            hint="convert the checkpoint to a floating-point dtype first",
+                        )
+                    self.specs[name] = TensorSpec(name, dtype, tuple(view.get_shape()))
+                    self._handles[name] = handle
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file}: not a readable safetensors file ({error})",
+                    hint="the file is truncated or corrupt: download or write it again",
+                ) from error
+
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index = self.directory / WEIGHTS_INDEX
+        if len(self.files) == 1 and self.files[0].name == WEIGHTS:
+            return
+        absent = [name for name in read_json(index)["weight_map"] if name not in self.specs]
+        if absent:
+            raise InputError(
+                f"{index}: names tensor {absent[0]}, which no shard holds ({len(absent)} such)",
+                hint="index and shards belong to different checkpoints: download or write them again",
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        try:
+            tensor: Tensor = self._handles[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{self.directory}: tensor {name} cannot be read ({error})", hint="download or write the file again"
+            ) from error
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """One digest over the weight files: of the file itself, or of the sorted `digest  name` lines of shards."""
+        digests = [(file_sha256(file), file.name) for file in self.files]
+        if len(digests) == 1:
+            return digests[0][0]
+        lines = "".join(f"{digest}  {name}\n" for digest, name in sorted(digests, key=lambda pair: pair[1]))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` where it is absent, broken or something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})", hint="download or write the file again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a JSON object was expected, not a {type(data).__name__}")
+    return data
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / WEIGHTS_INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: its weight_map does not map tensors to files", hint="download it again")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing or not names:
+            raise InputError(
+                f"{index}: names {len(names)} shards, {len(missing)} of them missing (first: {missing[:1]})",
+                hint="download the missing shards",
+            )
+        return [directory / name for name in names]
+    pickles = [name for name in _PICKLES if (directory / name).exists()]
+    if pickles:
+        raise InputError(
+            f"{directory}: only a pickle checkpoint ({pickles[0]}), which can run code when it is opened",
+            hint="convert it once, where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+        )
+    raise InputError(f"{directory}: no {WEIGHTS} and no {WEIGHTS_INDEX}", hint="name a transformers model directory")

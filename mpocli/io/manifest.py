@@ -1,0 +1,296 @@
+"""The manifest `mpo.json`, and the part of it that `config.json` carries and that suffices to load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mpocli.errors import InputError
+from mpocli.io.checkpoint import read_json
+from mpocli.mpo.shape import SiteShape
+
+MANIFEST = "mpo.json"
+QUANT_METHOD = "mpo"
+FORMAT = "mpocli"
+SCHEMA_VERSION = 1
+
+
+_RESTORE = "restore config.json and mpo.json from the directory that mpocli wrote"
+
+
+@dataclass(frozen=True)
+class MPOSpec:
+    """What must be known of one decomposed weight to build its module: the entry in `config.json`.
+
+    `tied_to` names the module whose cores it shares (a tied head), `scale` is a factor on embedding rows.
+    """
+
+    kind: str  # linear | conv1d | embedding
+    shape: tuple[int, int]
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    bond_dims: tuple[int, ...]
+    tied_to: str | None = None
+    scale: float = 1.0
+
+    @property
+    def sites(self) -> SiteShape:
+        return SiteShape(self.out_dims, self.in_dims)
+
+    @property
+    def params(self) -> int:
+        """Elements of the cores; none of its own for a tied module."""
+        return 0 if self.tied_to else self.sites.num_params(self.bond_dims)
+
+    @property
+    def dense_params(self) -> int:
+        return 0 if self.tied_to else self.shape[0] * self.shape[1]
+
+    def core_shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        bonds = self.bond_dims
+        return {
+            f"core_{k}": (bonds[k], out, in_, bonds[k + 1])
+            for k, (out, in_) in enumerate(zip(self.out_dims, self.in_dims, strict=True))
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "out_dims": list(self.out_dims),
+            "in_dims": list(self.in_dims),
+            "bond_dims": list(self.bond_dims),
+        }
+        if self.tied_to:
+            data["tied_to"] = self.tied_to
+        if self.scale != 1.0:
+            data["scale"] = self.scale
+        return data
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> MPOSpec:
+        try:
+            shape = tuple(map(int, data["shape"]))
+            spec = cls(
+                kind=str(data["kind"]),
+                shape=(shape[0], shape[1]),
+                out_dims=tuple(map(int, data["out_dims"])),
+                in_dims=tuple(map(int, data["in_dims"])),
+                bond_dims=tuple(map(int, data["bond_dims"])),
+                tied_to=None if data.get("tied_to") is None else str(data["tied_to"]),
+                scale=float(data.get("scale", 1.0)),
+            )
+            sites = spec.sites
+        except InputError as error:
+            raise InputError(f"module {name}: {error.message}", hint=_RESTORE) from error
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"module {name}: its MPO entry is malformed ({error!r})", hint=_RESTORE) from error
+        sites.check_fits(spec.shape, f"module {name}")
+        if len(spec.bond_dims) != sites.sites + 1 or spec.kind not in ("linear", "conv1d", "embedding"):
+            raise InputError(
+                f"module {name}: kind {spec.kind!r} with {len(spec.bond_dims)} bond dimensions for {sites.sites} sites",
+                hint="this checkpoint needs a newer mpocli, or its config.json was edited",
+            )
+        return spec
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One decomposed weight in the manifest: its structure and what was measured when it was made.
+
+    `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of the stored cores against the matrix they came from,
+    `discarded_weight` = ε_k² per inner bond in units of W², `center` the canonical centre or None.
+    None stands for "not known" (a manifest rebuilt from `config.json`).
+    """
+
+    name: str
+    role: str | None
+    spec: MPOSpec
+    dtype: str
+    relative_error: float | None = None
+    discarded_weight: tuple[float, ...] | None = None
+    center: int | None = None
+    shared_central: str | None = None
+    mask: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "name": self.name,
+            "role": self.role,
+            "kind": spec.kind,
+            "shape": list(spec.shape),
+            "padded_shape": list(spec.sites.padded_shape),
+            "out_dims": list(spec.out_dims),
+            "in_dims": list(spec.in_dims),
+            "bond_dims": list(spec.bond_dims),
+            "full_bond_dims": list(spec.sites.full_bond_dims),
+            "central": spec.sites.central,
+            "center": self.center,
+            "params": spec.params,
+            "dense_params": spec.dense_params,
+            "relative_error": self.relative_error,
+            "discarded_weight": None if self.discarded_weight is None else list(self.discarded_weight),
+            "tensors": {core: {"encoding": "dense", "dtype": self.dtype} for core in spec.core_shapes()},
+            "tied_to": spec.tied_to,
+            "scale": spec.scale,
+            "shared_central": self.shared_central,
+            "mask": self.mask,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModuleEntry:
+        name = str(data["name"])
+        tensors = dict(data["tensors"])
+        dtypes = sorted({str(entry["dtype"]) for entry in tensors.values()})
+        encodings = {str(entry["encoding"]) for entry in tensors.values()}
+        if not encodings <= {"dense"}:
+            raise InputError(
+                f"{MANIFEST}: module {name} stores cores as {sorted(encodings)}, which this mpocli does not read",
+                hint="update mpocli",
+            )
+        discarded = data.get("discarded_weight")
+        return cls(
+            name=name,
+            role=None if data.get("role") is None else str(data["role"]),
+            spec=MPOSpec.from_dict(name, data),
+            dtype=dtypes[0] if dtypes else "float32",
+            relative_error=None if data.get("relative_error") is None else float(data["relative_error"]),
+            discarded_weight=None if discarded is None else tuple(map(float, discarded)),
+            center=None if data.get("center") is None else int(data["center"]),
+            shared_central=data.get("shared_central"),
+            mask=data.get("mask"),
+        )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of the whole model: parameters now and dense, their ratio (below 1 is smaller), and bytes.
+
+    `bytes` = the weight files, `dense_bytes` = dense parameters × the stored dtype.
+    """
+
+    params: int
+    dense_params: int
+    ratio: float
+    bytes: int
+    dense_bytes: int
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Totals:
+        counts = {name: int(data[name]) for name in ("params", "dense_params", "bytes", "dense_bytes")}
+        return cls(ratio=float(data["ratio"]), **counts)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `mpo.json` says. No clock, host name or absolute path: equal runs give equal bytes."""
+
+    base_model: dict[str, Any] = field(default_factory=dict)
+    modules: tuple[ModuleEntry, ...] = ()
+    totals: Totals | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, ModuleEntry]:
+        return {entry.name: entry for entry in self.modules}
+
+    def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
+        return replace(self, files=files)
+
+    def dumps(self) -> str:
+        data = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "base_model": self.base_model,
+            "totals": asdict(self.totals) if self.totals else None,
+            "modules": [entry.to_dict() for entry in self.modules],
+            "history": list(self.history),
+            "files": dict(sorted(self.files.items())),
+        }
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The part for `config.json`: enough to load."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "schema_version": SCHEMA_VERSION,
+            "modules": {entry.name: entry.spec.to_dict() for entry in self.modules},
+        }
+
+
+def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
+    """The decomposed modules that a `quantization_config` describes.
+
+    Raises `InputError` for a schema that is newer than this mpocli.
+    """
+    check_schema("config.json", data.get("schema_version", SCHEMA_VERSION))
+    modules = data.get("modules") or {}
+    if not isinstance(modules, Mapping):
+        raise InputError("config.json: the `modules` of its quantization_config are no JSON object")
+    return {name: MPOSpec.from_dict(name, entry) for name, entry in modules.items()}
+
+
+def check_schema(where: str, version: object) -> None:
+    """Older schemas would be migrated here; there is one so far."""
+    if not isinstance(version, int) or version < 1:
+        raise InputError(f"{where}: schema_version is {version!r}, a positive integer was expected")
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"{where}: schema_version {version}, this mpocli reads up to {SCHEMA_VERSION}", hint="update mpocli"
+        )
+
+
+def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a model directory, None where the model is not an MPO checkpoint.
+
+    `config` is its `config.json`. Without `mpo.json` (a user's own `save_pretrained` writes none) what the
+    config says is the manifest. Raises `InputError` where the two disagree.
+    """
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise InputError(f"{directory / 'config.json'}: its quantization_config is no JSON object", hint=_RESTORE)
+    described = specs_from_config(quantization) if quantization.get("quant_method") == QUANT_METHOD else None
+    path = directory / MANIFEST
+    if not path.is_file():
+        if described is None:
+            return None
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        return Manifest(modules=tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items()))
+    data = read_json(path)
+    check_schema(MANIFEST, data.get("schema_version"))
+    if data.get("format") != FORMAT:
+        raise InputError(f"{path}: format {data.get('format')!r}, {FORMAT!r} was expected")
+    try:
+        totals = Totals.from_dict(data["totals"]) if data.get("totals") else None
+        manifest = Manifest(
+            base_model={str(key): value and str(value) for key, value in dict(data.get("base_model") or {}).items()},
+            modules=tuple(ModuleEntry.from_dict(entry) for entry in data.get("modules") or ()),
+            totals=totals,
+            history=tuple(
+                {**entry, "command": str(entry["command"]), "options": dict(entry["options"])}
+                for entry in data.get("history") or ()
+            ),
+            files={
+                str(name): {"sha256": str(claim["sha256"]), "bytes": int(claim["bytes"])}
+                for name, claim in (data.get("files") or {}).items()
+            },
+        )
+    except InputError:
+        raise
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: malformed ({error!r})", hint=_RESTORE) from error
+    if described is None and not manifest.modules:
+        return manifest
+    recorded = {entry.name: entry.spec for entry in manifest.modules}
+    for name in sorted(recorded.keys() | (described or {}).keys()):
+        if recorded.get(name) != (described or {}).get(name):
+            raise InputError(
+                f"{directory}: {MANIFEST} and config.json disagree about module {name}",
+                hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
+            )
+    return manifest

@@ -1,0 +1,112 @@
+"""Output directories: what may be replaced, and that replacing is all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mpocli.errors import InputError
+from mpocli.io.output import check_output, output_directory
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_nothing_is_at_the_path_before_the_block_ends_and_all_of_it_after(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with output_directory(out) as work:
+        (work / "a").write_text("1")
+        assert not out.exists() and work.parent == tmp_path and work.name.startswith(".")
+    assert _names(tmp_path) == {"out"} and (out / "a").read_text() == "1"
+
+
+def test_an_old_directory_stands_untouched_until_then_and_is_gone_after(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with output_directory(out) as work:
+        (work / "new").write_text("new")
+        assert _names(out) == {"old"}
+    assert _names(tmp_path) == {"out"} and _names(out) == {"new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_any_exception_in_the_block_leaves_the_old_directory_and_no_remains(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(error), output_directory(out) as work:
+        (work / "new").write_text("new")
+        raise error
+    assert _names(tmp_path) == {"out"} and _names(out) == {"old"}
+
+
+def test_an_os_error_in_the_block_is_an_input_error_that_names_the_output_and_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out: cannot be written \(No space left on device\)"):  # noqa: SIM117
+        with output_directory(tmp_path / "out"):
+            raise OSError(28, os.strerror(28))
+    assert _names(tmp_path) == set()
+
+
+def test_a_parent_that_is_a_file_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), output_directory(tmp_path / "file" / "out"):
+        raise AssertionError("the block must not run")
+
+
+def test_a_symbolic_link_at_the_path_keeps_pointing_at_what_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    real = tmp_path / "far" / "real"
+    real.mkdir()
+    (real / "old").write_text("old")
+    (tmp_path / "out").symlink_to(real)
+    with output_directory(tmp_path / "out") as work:
+        (work / "new").write_text("new")
+    assert (tmp_path / "out").is_symlink() and _names(tmp_path / "out") == {"new"}
+    assert _names(tmp_path) == {"out", "far"} and _names(tmp_path / "far") == {"real"}
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "-a", "a b", "ünï"])
+def test_remains_of_an_output_with_an_odd_name_are_swept_and_only_they(name: str, tmp_path: Path) -> None:
+    (tmp_path / f".{name}.partial-999999999").mkdir()
+    bystander = tmp_path / ".aXb.partial-999999999"
+    bystander.mkdir()
+    with output_directory(tmp_path / name):
+        pass
+    assert _names(tmp_path) == {name, bystander.name}
+
+
+def test_a_directory_may_be_absent_empty_or_a_model_to_overwrite(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    check_output(out, source, overwrite=False)
+    out.mkdir()
+    check_output(out, source, overwrite=False)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output(out, source, overwrite=False)
+    check_output(out, source, overwrite=True)
+    (out / "config.json").rename(out / "thesis.tex")
+    with pytest.raises(InputError, match=r"config\.json"):
+        check_output(out, source, overwrite=True)
+    shutil.rmtree(out)
+    out.write_text("")
+    with pytest.raises(InputError, match="not a directory"):
+        check_output(out, source, overwrite=True)
+
+
+def test_source_and_output_may_be_neighbours_with_one_name_inside_the_other(tmp_path: Path) -> None:
+    """`bert` and `bert-mpo`: a prefix of the text is no parent."""
+    source = tmp_path / "bert"
+    source.mkdir()
+    check_output(tmp_path / "bert-mpo", source, overwrite=False)
+    check_output(tmp_path / "ber", source, overwrite=False)
+    for out in (source, source / "out", tmp_path, source / ".." / "bert"):
+        with pytest.raises(InputError, match="inside each other"):
+            check_output(out, source, overwrite=True)
