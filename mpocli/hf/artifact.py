@@ -1,0 +1,186 @@
+"""A model directory opened for reading, and the files around the weights of one that is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpocli import __version__
+from mpocli.hf.hub import Source, resolve
+from mpocli.hf.skeleton import load_config
+from mpocli.hf.targets import Survey, survey
+from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256, read_json
+from mpocli.io.manifest import MANIFEST, QUANT_METHOD, Manifest, Totals, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CARD = "README.md"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
+_OWN_FILES = {"config.json", MANIFEST, WEIGHTS_INDEX, CARD, ".gitattributes", "metrics.jsonl"}
+# Small configuration folders travel along (sentence-transformers' `1_Pooling`, say).
+_MAX_FOLDER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its source, `config.json`, tensors, and manifest (None for a dense model)."""
+
+    source: Source
+    config_json: dict[str, Any]
+    reader: CheckpointReader
+    manifest: Manifest | None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+        """Open a directory or hub model. Raises `InputError` for anything that is not a usable checkpoint."""
+        source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
+        config_json = read_json(source.directory / "config.json")
+        manifest = read_manifest(source.directory, config_json)
+        return cls(source, config_json, CheckpointReader(source.directory), manifest, trust_remote_code)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return load_config(self.source.directory, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def survey(self) -> Survey:
+        return survey(self.config, self.reader, self.manifest, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def is_mpo(self) -> bool:
+        return self.manifest is not None and bool(self.manifest.modules)
+
+    def totals(self, params: int | None = None, size: int | None = None) -> Totals:
+        """Of this checkpoint, or of one with other parameters and bytes made from it."""
+        found = self.survey
+        params = found.params if params is None else params
+        size = self.reader.nbytes if size is None else size
+        return Totals(params, found.dense_params, params / found.dense_params, size, found.dense_bytes)
+
+    def base_model(self) -> dict[str, Any]:
+        """What the chain of commands started from: the manifest's word, else this checkpoint itself."""
+        if self.manifest is not None and self.manifest.base_model:
+            return self.manifest.base_model
+        return {"name": self.source.name, "revision": self.source.revision, "weights_sha256": self.reader.sha256}
+
+    def history(self, command: str, options: dict[str, Any], seed: int) -> tuple[dict[str, Any], ...]:
+        """The manifest's history with one more command on it."""
+        import torch
+        import transformers
+
+        entry = {
+            "command": command,
+            "options": options,
+            "seed": seed,
+            "versions": {
+                "mpocli": __version__,
+                "torch": torch.__version__.partition("+")[0],
+                "transformers": transformers.__version__,
+            },
+            "metrics": {},
+            "input_sha256": self.reader.sha256,
+        }
+        return (*(self.manifest.history if self.manifest else ()), entry)
+
+
+def write_surroundings(
+    work: Path, checkpoint: Checkpoint, manifest: Manifest, weight_files: Sequence[Path], *, dtype: str | None = None
+) -> None:
+    """Everything beside the weights: config, tokenizer and generation files, model card, and last the manifest."""
+    source = checkpoint.source.directory
+    for path in sorted(source.iterdir()):
+        if path.name in _OWN_FILES or path.suffix in _WEIGHT_SUFFIXES or path.name.startswith("."):
+            continue
+        if path.name.endswith(".index.json"):
+            continue
+        if path.is_file():
+            shutil.copyfile(path, work / path.name)
+        elif path.is_dir() and _is_configuration(path):
+            shutil.copytree(path, work / path.name)
+    config = {key: value for key, value in checkpoint.config_json.items() if key != "quantization_config"}
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    if manifest.modules:
+        config["quantization_config"] = manifest.quantization_config()
+    _write_json(work / "config.json", config)
+    (work / CARD).write_text(model_card(manifest, _license(source / CARD)), encoding="utf-8")
+    files = sorted(path for path in work.rglob("*") if path.is_file())
+    digests = {
+        str(path.relative_to(work)): {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files
+    }
+    (work / MANIFEST).write_text(replace(manifest, files=digests).dumps(), encoding="utf-8")
+
+
+def _is_configuration(folder: Path) -> bool:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return all(path.suffix in (".json", ".txt") for path in files) and (
+        sum(path.stat().st_size for path in files) <= _MAX_FOLDER_BYTES
+    )
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _license(card: Path) -> str | None:
+    """The licence that the source's model card names in its front matter: the weights stay under it."""
+    if not card.is_file():
+        return None
+    front = card.read_text(encoding="utf-8", errors="replace").split("---")
+    match = re.search(r"^license:\s*(\S.*)$", front[1], flags=re.MULTILINE) if len(front) > 2 else None
+    return match[1] if match else None
+
+
+def model_card(manifest: Manifest, license_name: str | None = None) -> str:
+    """README.md of an output directory: what it is, how large, how to load it."""
+    base = manifest.base_model.get("name", "unknown")
+    totals = manifest.totals
+    hub_id = manifest.base_model.get("revision") is not None
+    front = ["---", "library_name: transformers", "tags:", "- mpo", "- tensor-network", "- mpocli"]
+    front += [f"base_model: {base}"] if hub_id else []
+    front += [f"license: {license_name}"] if license_name else []
+    lines = [*front, "---", "", f"# {base}, as matrix product operators" if manifest.modules else f"# {base}", ""]
+    if totals is not None:
+        lines += [
+            "| | this checkpoint | dense |",
+            "|---|---:|---:|",
+            f"| parameters | {totals.params:,} | {totals.dense_params:,} |",
+            f"| bytes of weights | {totals.bytes:,} | {totals.dense_bytes:,} |",
+            "",
+        ]
+    if manifest.modules:
+        lines += [
+            f"{len(manifest.modules)} modules hold their weight as a chain of small tensors "
+            f"({QUANT_METHOD}.json has every shape and error). Load it with",
+            "",
+            "```python",
+            "import mpocli  # registers the loader; pip install mpocli",
+            "from transformers import AutoModel",
+            "",
+            'model = AutoModel.from_pretrained("path/to/this/directory")',
+            "```",
+            "",
+            "Never pass `ignore_mismatched_sizes=True` without `import mpocli`: it would return random layers.",
+            "",
+        ]
+    else:
+        lines += ["An ordinary transformers checkpoint.", ""]
+    if manifest.history:
+        lines += ["Made by", ""]
+        lines += [f"- `mpocli {entry['command']}` {_spelled(entry['options'])}".rstrip() for entry in manifest.history]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _spelled(options: dict[str, Any]) -> str:
+    shown = {key: value for key, value in options.items() if value not in (None, [], {}, False, ())}
+    return ", ".join(f"{key}={value}" for key, value in shown.items())

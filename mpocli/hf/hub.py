@@ -1,0 +1,67 @@
+"""Turn what a user calls a model, a directory or a hub name, into a local directory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpocli.errors import InputError
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What a checkpoint needs: never pickles, never the other frameworks' copies of the weights.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+_SUBFOLDERS = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model directory, and the name (hub id or bare folder name) and revision that stand for it."""
+
+    directory: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find a local model directory, or download a hub model with progress bars.
+
+    Raises `InputError` for a path that does not exist, a directory without `config.json`, and a hub model
+    that cannot be had (unknown, or no network).
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model}: no config.json in this directory", hint="name a transformers model directory")
+        return Source(path, path.resolve().name, None)
+    if path.exists():
+        raise InputError(f"{model}: is a file", hint="name the model's directory")
+    if not _REPO_ID.fullmatch(model) or model.startswith("."):
+        raise InputError(f"{model}: no such directory", hint="check the path, or name a hub model such as gpt2")
+    return _download(model, revision, trust_remote_code)
+
+
+def _download(model: str, revision: str | None, trust_remote_code: bool) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_PATTERNS, "*.py"] if trust_remote_code else _PATTERNS
+    try:
+        directory = Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS)
+        )
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{model}: no such directory here, and the hub cannot be reached",
+            hint="check the spelling and the network, or name a local model directory",
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{model}: neither a directory here nor a model on the hub ({first_line})",
+            hint="check the name and --revision; a gated model needs `hf auth login`",
+        ) from error
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{model}: the hub repository has no config.json", hint="it is not a transformers model")
+    # A snapshot's folder is named by its commit.
+    return Source(directory, model, directory.name)

@@ -1,0 +1,136 @@
+"""The loader that `import mpocli` registers with transformers: `from_pretrained` and `save_pretrained` for MPOs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mpocli.errors import InputError
+from mpocli.hf.replace import install, local_name, remove
+from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
+from mpocli.nn import TOMBSTONE, MPOModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers lists the tensors that a model does not expect right above the error that the tombstones cause,
+# so that the name of this one is read by whoever forgot the import.
+SIGNPOST = "an_mpo_checkpoint.import_mpocli_before_from_pretrained"
+
+
+class _Patterns(set[str]):
+    """Patterns of keys to ignore: transformers 5.0 adds lists to them, later releases unite them with sets."""
+
+    def __add__(self, other: Iterable[str]) -> list[str]:
+        return [*self, *other]
+
+
+@register_quantization_config(QUANT_METHOD)
+class MPOConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of an MPO checkpoint: the structure of every decomposed module, by name."""
+
+    def __init__(
+        self, modules: dict[str, Any] | None = None, schema_version: int = SCHEMA_VERSION, **_unused: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.schema_version = schema_version
+        self.modules = modules or {}
+
+
+@register_quantizer(QUANT_METHOD)
+class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' plug-in point for storage formats; MPOs go through it although nothing is quantised."""
+
+    # `from_pretrained(dense_dir, quantization_config=MPOConfig())` cannot mean anything: let it be an error.
+    requires_calibration = True
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without this HF's Trainer refuses to train the cores of a "purely quantised" model."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        specs = specs_from_config({"schema_version": config.schema_version, "modules": config.modules})
+        _check_no_extra_cores(model, specs, checkpoint_files)
+        specs = install(model, specs, dtype)
+        # A head that this class lacks must not be promised by what it saves.
+        config.modules = {name: spec.to_dict() for name, spec in specs.items()}
+        # Tombstones of tied heads need not be stored; the signpost is never loaded.
+        missing = [rf"^{re.escape(name)}\.{TOMBSTONE}$" for name, spec in specs.items() if spec.tied_to]
+        unexpected = [rf"{re.escape(SIGNPOST)}$"]
+        model._keys_to_ignore_on_load_missing = _Patterns((*(model._keys_to_ignore_on_load_missing or ()), *missing))
+        model._keys_to_ignore_on_load_unexpected = _Patterns(
+            (*(model._keys_to_ignore_on_load_unexpected or ()), *unexpected)
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if not isinstance(module, MPOModule):
+                continue
+            expected = module.core_shapes()
+            for k, core in enumerate(module.cores):
+                # transformers fills what the files lack with uninitialised memory, and marks what it loaded.
+                loaded = core.device.type == "meta" or getattr(core, "_is_hf_initialized", False)
+                if not loaded or tuple(core.shape) != expected[k]:
+                    raise InputError(
+                        f"core {name}.core_{k} was not loaded: the files lack it, or hold another shape than "
+                        f"{expected[k]}",
+                        hint="the weight files are incomplete or belong to another checkpoint",
+                    )
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+        """The state dict to save: shared cores once, and the signpost."""
+        state = dict(model.state_dict())
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, MPOModule) and module.tied_to is not None:
+                for k in range(module.sites.sites):
+                    state.pop(f"{name}.core_{k}", None)
+        if any(isinstance(module, MPOModule) for module in model.modules()):
+            state[SIGNPOST] = torch.zeros(1)
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        remove(model, dtype)
+        return model
+
+
+def _check_no_extra_cores(model: PreTrainedModel, specs: dict[str, Any], files: Any) -> None:
+    """A core that nobody asked for means files and config of different checkpoints; transformers only warns."""
+    by_place = {local_name(model, name) or name: spec for name, spec in specs.items()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as handle:
+            found = [match for key in handle.keys() if (match := re.fullmatch(r"(.+)\.core_(\d+)", key))]
+        for match in found:
+            place, k = match[1], int(match[2])
+            names = (place, prefix + place, place.removeprefix(prefix))
+            spec = next((by_place[name] for name in names if name in by_place), None)
+            if spec is not None and k >= spec.sites.sites:
+                raise InputError(
+                    f"core {match[0]} is in the files, config.json has {spec.sites.sites} cores there",
+                    hint="the weight files belong to another checkpoint",
+                )

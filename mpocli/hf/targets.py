@@ -1,0 +1,333 @@
+"""Survey a checkpoint's weight matrices and choose among them by role and by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mpocli.errors import InputError
+from mpocli.hf.roles import ROLES, role_of
+from mpocli.hf.skeleton import build_skeleton, file_keys
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from mpocli.io.checkpoint import CheckpointReader
+    from mpocli.io.manifest import Manifest, ModuleEntry
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the modules that use a weight: its name, kind (linear | conv1d | embedding) and embedding scale."""
+
+    name: str
+    kind: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight matrix of the model, O×I with rows = output features (or the vocabulary).
+
+    `members` are the modules that share it, the owner first (more than one: tied). `key` is its name in the
+    files, for a decomposed one the tombstone's; `follower_keys` are those of the members after the first, which
+    the files need not hold. `obstacle` says why it cannot be decomposed, if so. `entry` is the manifest's, where
+    it is decomposed already.
+    """
+
+    members: tuple[Member, ...]
+    roles: frozenset[str]
+    shape: tuple[int, int]
+    key: str | None
+    dtype: torch.dtype
+    obstacle: str = ""
+    entry: ModuleEntry | None = None
+    follower_keys: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def kind(self) -> str:
+        return self.members[0].kind
+
+    @property
+    def role(self) -> str | None:
+        """The first of its roles in the order of `ROLES`: a tied embedding and head is an embedding."""
+        return next((role for role in ROLES if role in self.roles), None)
+
+    @property
+    def dense_params(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def core_prefix(self) -> str:
+        """Of its cores' names in the files."""
+        assert self.key is not None
+        return self.key.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All weight matrices of a checkpoint, and the size of the whole dense model.
+
+    `dense_params` counts every parameter once, tied ones too; `dense_bytes` the same in the stored dtypes.
+    """
+
+    weights: tuple[Weight, ...]
+    dense_params: int
+    dense_bytes: int
+
+    @property
+    def params(self) -> int:
+        """Parameters as the checkpoint stands."""
+        return self.dense_params + sum(
+            weight.entry.spec.params - weight.dense_params for weight in self.weights if weight.entry
+        )
+
+
+def survey(
+    config: PretrainedConfig,
+    reader: CheckpointReader,
+    manifest: Manifest | None,
+    *,
+    trust_remote_code: bool = False,
+) -> Survey:
+    """List the weight matrices of a model without loading any.
+
+    Raises `InputError` where the files lack cores that the manifest names or hold others, and where a dense
+    tensor's shape is not the model's.
+    """
+    model = build_skeleton(config, trust_remote_code=trust_remote_code)
+    keys = file_keys(model, reader)
+    entries = _entries(manifest, model)
+    groups = _tied_groups(model, keys, reader)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    token_tables = _token_tables(model)
+
+    weights = []
+    for parameters in groups:
+        members, roles, obstacle = [], set(), ""
+        for parameter in parameters:
+            name, _, leaf = parameter.rpartition(".")
+            kind, why_not = _kind(modules[name], leaf)
+            obstacle = obstacle or why_not
+            members.append(Member(name, kind, _scale(modules[name])))
+            # a token table is one wherever it is tied to
+            role = role_of(name, is_embedding=name in token_tables)
+            roles |= {role} if role else set()
+        if not members[0].kind and not obstacle:
+            continue
+        shape = tuple(model.get_parameter(parameters[0]).shape)
+        if obstacle.startswith("fused"):
+            shape = (shape[0] * shape[1], shape[2])
+        elif members[0].kind == "conv1d":
+            shape = shape[::-1]
+        present = [keys[parameter] for parameter in parameters if parameter in keys]
+        key = present[0] if present else None
+        names = [keys.get(parameter, parameter) for parameter in parameters]
+        followers = tuple(name for name in names if name != key)
+        entry = next((entries[m.name] for m in members if m.name in entries and not entries[m.name].spec.tied_to), None)
+        dtype = reader.specs[key].dtype if key else torch.float32
+        weight = Weight(tuple(members), frozenset(roles), (shape[0], shape[1]), key, dtype, obstacle, entry, followers)
+        weights.append(_checked(weight, reader))
+    return Survey(tuple(weights), *_dense_size(model, keys, groups, reader, entries))
+
+
+def _kind(module: nn.Module, leaf: str) -> tuple[str, str]:
+    """(kind, obstacle) of the module that owns a parameter; neither for parameters that are no matrix of ours."""
+    from transformers.pytorch_utils import Conv1D
+
+    if leaf == "weight":
+        if isinstance(module, Conv1D):
+            return "conv1d", ""
+        if isinstance(module, nn.Linear):
+            plain = type(module).forward is nn.Linear.forward
+            return "linear", "" if plain else f"its class {type(module).__name__} has a forward pass of its own"
+        if isinstance(module, nn.Embedding):
+            plain = type(module).forward is nn.Embedding.forward or _scale(module) != 1.0
+            return "embedding", "" if plain else f"its class {type(module).__name__} has a forward pass of its own"
+    parameter = getattr(module, leaf)
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
+        return "", "fused expert weights (one 3-way tensor) are not decomposed"
+    return "", ""
+
+
+def _scale(module: nn.Module) -> float:
+    """The factor by which a scaled embedding (BART's, Gemma's) multiplies its rows."""
+    if not isinstance(module, nn.Embedding):
+        return 1.0
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+
+def _token_tables(model: PreTrainedModel) -> set[str]:
+    """Names of the token embedding tables, the decoder's own included."""
+    tables = set()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: list[Any] = [m for m in modules.values() if hasattr(m, "get_input_embeddings")]
+    found = []
+    for owner in owners:
+        try:
+            found.append(owner.get_input_embeddings())
+        except (NotImplementedError, AttributeError):
+            continue
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding) and any(module is table for table in found):
+            tables.add(name)
+    return tables
+
+
+def _tied_groups(model: PreTrainedModel, keys: dict[str, str], reader: CheckpointReader) -> list[list[str]]:
+    """Matrix-like parameters, those that share one tensor together, the owner first."""
+    owner_of: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    first_by_id: dict[int, str] = {}
+    groups: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owner_of.get(name, name)
+        if owner != name and name in keys and owner in keys and not _same(reader, keys[name], keys[owner]):
+            owner = name  # declared tied, stored different: transformers keeps them apart, and so do we
+        owner = first_by_id.setdefault(id(parameter), owner)
+        if parameter.dim() in (2, 3):
+            groups.setdefault(owner, []).append(name)
+    return [
+        [name for name in names if name == owner] + [name for name in names if name != owner]
+        for owner, names in groups.items()
+    ]
+
+
+def _same(reader: CheckpointReader, a: str, b: str) -> bool:
+    if a == b:
+        return True
+    if reader.specs[a].shape != reader.specs[b].shape:
+        return False
+    return torch.equal(reader.read(a), reader.read(b))
+
+
+def _entries(manifest: Manifest | None, model: PreTrainedModel) -> dict[str, ModuleEntry]:
+    if manifest is None:
+        return {}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [entry.name for entry in manifest.modules if entry.name not in names]
+    if unknown:
+        raise InputError(
+            f"the manifest names module {unknown[0]}, which a {type(model).__name__} does not have",
+            hint="config.json's `architectures` must name the class that was decomposed",
+        )
+    return manifest.by_name
+
+
+def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
+    """The weight if the files hold it as described."""
+    if weight.entry is None:
+        if weight.key and not weight.obstacle:
+            stored = reader.specs[weight.key].shape
+            expected = weight.shape[::-1] if weight.kind == "conv1d" else weight.shape
+            if stored != expected:
+                raise InputError(
+                    f"{reader.directory}: tensor {weight.key} is {_by(stored)}, config.json implies {_by(expected)}",
+                    hint="config.json and the weights belong to different models",
+                )
+        elif weight.key is None and not weight.obstacle:
+            return replace(weight, obstacle="the checkpoint does not store it (a new head, say)")
+        return weight
+    if weight.key is None:
+        raise InputError(
+            f"{reader.directory}: module {weight.name} is in the manifest and has no tensor {weight.name}.weight",
+            hint="the weight files belong to another checkpoint",
+        )
+    expected_cores = {f"{weight.core_prefix}.{core}": shape for core, shape in weight.entry.spec.core_shapes().items()}
+    for name, shape in expected_cores.items():
+        if name not in reader:
+            raise InputError(
+                f"{reader.directory}: core {name} is in the manifest and not in the files",
+                hint="the weight files are incomplete or belong to another checkpoint",
+            )
+        if reader.specs[name].shape != shape:
+            raise InputError(
+                f"{reader.directory}: core {name} is {_by(reader.specs[name].shape)}, the manifest says {_by(shape)}",
+                hint="the weight files belong to another checkpoint",
+            )
+    extra = f"{weight.core_prefix}.core_{len(expected_cores)}"
+    if extra in reader:
+        raise InputError(
+            f"{reader.directory}: core {extra} is in the files, the manifest has {len(expected_cores)} cores there",
+            hint="the weight files belong to another checkpoint",
+        )
+    return replace(weight, dtype=reader.specs[next(iter(expected_cores))].dtype)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _dense_size(
+    model: PreTrainedModel,
+    keys: dict[str, str],
+    groups: list[list[str]],
+    reader: CheckpointReader,
+    entries: dict[str, ModuleEntry],
+) -> tuple[int, int]:
+    """(parameters, bytes in the stored dtypes) of the dense model, every tensor once."""
+    followers = {name for group in groups for name in group[1:]}
+    owner_of = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    params = size = 0
+    for name, parameter in model.named_parameters():
+        one_way = parameter.dim() == 1 and name in owner_of
+        if name in followers or one_way:
+            continue
+        key = keys.get(name)
+        stored = reader.specs[key].dtype if key else torch.float32
+        params += parameter.numel()
+        size += parameter.numel() * stored.itemsize
+    return params, size
+
+
+def select(
+    weights: Sequence[Weight],
+    *,
+    layers: Sequence[str] | None,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    default_roles: Sequence[str],
+    target_option: str = "--target",
+) -> list[Weight]:
+    """The weights that the roles and globs choose; either half of a tied pair chooses both.
+
+    `targets` alone replaces the default roles, with `layers` both must hold, `ignore` subtracts last. Globs
+    match whole module names and `*` crosses dots. `InputError` for a glob that matches nothing, which calls the
+    targets by the option that they came from.
+    """
+    names = [member.name for weight in weights for member in weight.members]
+    for option, globs in ((target_option, targets), ("--ignore", ignore)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise InputError(f"{option} {glob!r} matches no weight matrix", hint=_nearest(glob, names))
+    roles = set(layers if layers is not None else default_roles)
+
+    def matches(weight: Weight, globs: Sequence[str]) -> bool:
+        return any(fnmatchcase(member.name, glob) for member in weight.members for glob in globs)
+
+    chosen = []
+    for weight in weights:
+        wanted = bool(weight.roles & roles) if layers is not None or not targets else True
+        if targets:
+            wanted = wanted and matches(weight, targets)
+        if wanted and not matches(weight, ignore):
+            chosen.append(weight)
+    return chosen
+
+
+def _nearest(glob: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(glob.strip("*"), names, n=3, cutoff=0.3)
+    if not close:
+        pieces = {name.rpartition(".")[2] for name in names}
+        close = difflib.get_close_matches(glob.strip("*."), sorted(pieces), n=3, cutoff=0.3) or sorted(pieces)[:3]
+    return "the nearest names are " + ", ".join(close) + "; `*` crosses dots, as in '*attention*'"
