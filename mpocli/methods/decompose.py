@@ -1,0 +1,78 @@
+"""decompose: turn chosen weight matrices of a checkpoint into MPOs, one matrix in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
+from mpocli.methods.decompose_plan import DecomposeConfig, plan
+from mpocli.methods.decompose_write import Decomposer, ModuleReport, Progress
+
+
+@dataclass(frozen=True)
+class DecomposeReport:
+    out: str | None
+    seconds: float
+    dry_run: bool
+    totals: Totals
+    before: Totals
+    modules: tuple[ModuleReport, ...]
+    base_model: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    model: str,
+    config: DecomposeConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> DecomposeReport:
+    """Decompose a checkpoint into a new directory `out` (or, with `dry_run`, only say what it would hold).
+
+    `progress(done, total, name)` is called after each matrix. Raises `UsageError` for options that contradict
+    one another, `InputError` for a model, shape or glob that cannot be used, `NumericsError` where a matrix
+    cannot be stored in the asked dtype. Nothing is written in any of these cases.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if not dry_run:
+        check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    plans = plan(checkpoint, config)
+    # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
+    needs_data = not dry_run or bool(config.rel_tol)
+    worker = Decomposer(checkpoint, config, plans, progress, needs_data)
+    if dry_run:
+        sink = SpecCounter()
+        worker.write(sink)
+        size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
+        totals, _ = worker.totals(size)
+    else:
+        with output_directory(out) as work:
+            writer = CheckpointWriter(work, config.max_shard_bytes)
+            worker.write(writer)
+            files = writer.finish()
+            totals, entries = worker.totals(sum(file.stat().st_size for file in files))
+            manifest = Manifest(
+                base_model=checkpoint.base_model(),
+                modules=entries,
+                totals=totals,
+                history=checkpoint.history("decompose", config.recorded(), config.seed),
+            )
+            write_surroundings(work, checkpoint, manifest, files, dtype=config.dtype)
+    return DecomposeReport(
+        out=None if dry_run else str(out),
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+        totals=totals,
+        before=checkpoint.totals(),
+        modules=worker.reports(),
+        base_model={} if dry_run else checkpoint.base_model(),
+    )

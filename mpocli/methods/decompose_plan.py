@@ -1,0 +1,124 @@
+"""Options of decompose, and what they mean for each weight matrix of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.targets import Weight, select
+from mpocli.mpo import SiteShape, Truncation, site_shape
+
+DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
+
+
+@dataclass(frozen=True)
+class DecomposeConfig:
+    """Options of `mpocli decompose`; `trunc` and its kin cap bond dimensions, None everywhere is lossless."""
+
+    trunc: int | None = None
+    emb_trunc: int | None = None
+    attention_trunc: int | None = None
+    ffn_trunc: int | None = None
+    pooler_trunc: int | None = None
+    rel_tol: float | None = None
+    sites: int = 5
+    shapes: tuple[tuple[str, SiteShape], ...] = ()
+    layers: tuple[str, ...] | None = None
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    when_larger: Literal["keep", "decompose"] | None = None
+    gauge: Literal["canonical", "symmetric"] = "canonical"
+    dtype: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    max_shard_bytes: int = 5 * 10**9
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def cap(self, role: str | None) -> int | None:
+        """The cap on the bonds of a matrix of this role."""
+        own = {
+            "embedding": self.emb_trunc,
+            "attention": self.attention_trunc,
+            "ffn": self.ffn_trunc,
+            "pooler": self.pooler_trunc,
+        }.get(role or "")
+        return self.trunc if own is None else own
+
+    @property
+    def truncates(self) -> bool:
+        caps = (self.trunc, self.emb_trunc, self.attention_trunc, self.ffn_trunc, self.pooler_trunc)
+        return any(cap is not None for cap in caps) or bool(self.rel_tol)
+
+    @property
+    def keeps_larger(self) -> bool:
+        """Whether a matrix whose MPO would be larger stays dense: by default where anything is truncated."""
+        return self.truncates if self.when_larger is None else self.when_larger == "keep"
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for the manifest: no machine-dependent ones."""
+        options = asdict(replace(self, shapes=()))
+        options["shapes"] = [f"{glob}={shape}" for glob, shape in self.shapes]
+        for left_out in ("device", "revision", "seed"):
+            del options[left_out]
+        return options
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`."""
+
+    weight: Weight
+    sites: SiteShape | None
+    truncation: Truncation
+    reason: str = ""
+
+
+def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
+    """One plan for every weight matrix, selected or not, in the model's order. Reads no weights.
+
+    Raises `InputError` where nothing is selected, a glob matches nothing or a shape does not fit.
+    """
+    weights = checkpoint.survey.weights
+    chosen = select(
+        weights, layers=config.layers, targets=config.targets, ignore=config.ignore, default_roles=DEFAULT_ROLES
+    )
+    if not chosen:
+        have = sorted({role for weight in weights for role in weight.roles})
+        raise InputError("no weight matrix is selected", hint=f"this model has the roles {', '.join(have) or 'none'}")
+    for glob, _ in config.shapes:
+        if not any(fnmatchcase(member.name, glob) for weight in chosen for member in weight.members):
+            select(weights, layers=None, targets=(glob,), ignore=(), default_roles=(), target_option="--shape")
+            raise InputError(f"--shape {glob!r} matches only matrices that are not selected", hint="see --layers")
+    plans = []
+    for weight in weights:
+        truncation = Truncation(config.cap(weight.role), config.rel_tol)
+        if weight not in chosen:
+            plans.append(WeightPlan(weight, None, truncation, "not selected"))
+        elif weight.entry is not None:
+            plans.append(WeightPlan(weight, None, truncation, "is an MPO already"))
+        elif weight.obstacle:
+            plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
+        else:
+            sites = _sites(weight, config)
+            size = sites.num_params(sites.capped_bond_dims(config.cap(weight.role)))
+            reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
+            plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))
+    return plans
+
+
+def _sites(weight: Weight, config: DecomposeConfig) -> SiteShape:
+    for glob, sites in reversed(config.shapes):  # the last word counts
+        if any(fnmatchcase(member.name, glob) for member in weight.members):
+            sites.check_fits(weight.shape, weight.name)
+            return sites
+    return site_shape(*weight.shape, config.sites)
+
+
+def why_larger(size: int, weight: Weight) -> str:
+    """The reason to keep a weight whose MPO has `size` parameters; empty where that is no more than it has."""
+    dense = weight.dense_params
+    return f"an MPO would be larger ({size:,} > {dense:,} parameters)" if size > dense else ""

@@ -1,0 +1,209 @@
+"""Go through a checkpoint's files once, in their order, and write cores where decompose plans them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.plugin import SIGNPOST
+from mpocli.hf.targets import Weight
+from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
+from mpocli.io.writer import Sink
+from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
+from mpocli.methods.device import device_of
+from mpocli.mpo import MPO, SiteShape, decompose, stored_error, symmetric_gauge
+from mpocli.mpo.linalg import cast
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one weight matrix. `params` and `dense_params` count elements, `relative_error` is
+    ‖W−Ŵ‖_F/‖W‖_F of what is stored (None in a dry run, 0 for a kept matrix)."""
+
+    name: str
+    role: str | None
+    action: Literal["mpo", "kept"]
+    reason: str
+    shape: tuple[int, int]
+    params: int
+    dense_params: int
+    relative_error: float | None
+    out_dims: tuple[int, ...] | None = None
+    in_dims: tuple[int, ...] | None = None
+    bond_dims: tuple[int, ...] | None = None
+    tied: tuple[str, ...] = ()
+    bytes: int = 0
+    dense_bytes: int = 0
+
+
+class Decomposer:
+    """Goes through the files once, in their order, and keeps account of what it did."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DecomposeConfig,
+        plans: list[WeightPlan],
+        progress: Progress | None,
+        needs_data: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.plans = plans
+        self.progress = progress
+        self.needs_data = needs_data
+        self.device = device_of(config.device)
+        self.done: dict[str, ModuleEntry] = {}
+        self.kept_reason: dict[str, str] = {}
+
+    def write(self, sink: Sink) -> None:
+        reader = self.checkpoint.reader
+        jobs = {plan.weight.key: plan for plan in self.plans if plan.sites is not None}
+        followers = {name for plan in jobs.values() for name in plan.weight.follower_keys}
+        finished = 0
+        for key in reader:
+            if key == SIGNPOST or key in followers:
+                continue
+            if key not in jobs:
+                sink.add(key, self._converted(key))
+                continue
+            plan = jobs[key]
+            cores = self._decomposed(plan)
+            finished += 1
+            if self.progress:
+                self.progress(finished, len(jobs), plan.weight.name)
+            if cores is None:
+                sink.add(key, self._converted(key))
+                for name in plan.weight.follower_keys:
+                    if name in reader:
+                        sink.add(name, self._converted(name))
+                continue
+            for k, core in enumerate(cores):
+                sink.add(f"{plan.weight.core_prefix}.core_{k}", core)
+            # One zero under every dense name that is gone, so that nothing can load this by mistake.
+            for name in (key, *plan.weight.follower_keys):
+                sink.add(name, torch.zeros(1, dtype=cores[0].dtype))
+        if self.done or self.checkpoint.is_mpo:
+            sink.add(SIGNPOST, torch.zeros(1))
+
+    def _dtype(self, stored: torch.dtype) -> torch.dtype:
+        wanted = self.config.dtype
+        return getattr(torch, wanted) if wanted and stored.is_floating_point else stored
+
+    def _converted(self, key: str) -> Tensor:
+        spec = self.checkpoint.reader.specs[key]
+        dtype = self._dtype(spec.dtype)
+        if not self.needs_data:
+            return torch.empty(spec.shape, dtype=dtype, device="meta")
+        return cast(self.checkpoint.reader.read(key), dtype, key)
+
+    def _decomposed(self, plan: WeightPlan) -> list[Tensor] | None:
+        """The cores to store of one weight, None where it turns out larger than it was."""
+        weight, sites = plan.weight, plan.sites
+        assert sites is not None and weight.key is not None
+        dtype = self._dtype(weight.dtype)
+        bonds = sites.capped_bond_dims(self.config.cap(weight.role))
+        if not self.needs_data:
+            spec = _spec(weight, sites, bonds)
+            self.done[weight.name] = ModuleEntry(weight.name, weight.role, spec, _name(dtype))
+            return [torch.empty(shape, dtype=dtype, device="meta") for shape in spec.core_shapes().values()]
+        matrix = self.checkpoint.reader.read(weight.key).to(self.device)
+        matrix = matrix.T if weight.kind == "conv1d" else matrix
+        mpo, error = decompose(matrix, sites, plan.truncation, name=weight.key)
+        if self.config.keeps_larger and (reason := why_larger(mpo.num_params, weight)):
+            self.kept_reason[weight.name] = reason
+            return None
+        if self.config.gauge == "symmetric":
+            mpo = symmetric_gauge(mpo)
+        center = mpo.center
+        names = (f"{weight.core_prefix}.core_{k}" for k in range(sites.sites))
+        # Under the same name, so that the wide cores may go.
+        mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
+        difference, norm = stored_error(matrix, mpo)
+        self.done[weight.name] = ModuleEntry(
+            name=weight.name,
+            role=weight.role,
+            spec=_spec(weight, sites, mpo.bond_dims),
+            dtype=_name(dtype),
+            relative_error=difference / norm if norm else 0.0,
+            discarded_weight=error.discarded_weight,
+            center=center,
+        )
+        return [core.cpu() for core in mpo.cores]
+
+    def entries(self) -> Iterator[ModuleEntry]:
+        """Manifest entries of the output, in the model's order: those that came in, and those made here."""
+        before = self.checkpoint.manifest.by_name if self.checkpoint.manifest else {}
+        for plan in self.plans:
+            members = plan.weight.members
+            made = self.done.get(members[0].name)
+            if made is not None:
+                yield made
+                for member in members[1:]:
+                    spec = replace(made.spec, kind=member.kind, tied_to=members[0].name, scale=member.scale)
+                    yield replace(made, name=member.name, spec=spec)
+            else:
+                for entry in (before[member.name] for member in members if member.name in before):
+                    entry = replace(entry, role=entry.role or plan.weight.role)
+                    if self.config.dtype and self.config.dtype != entry.dtype:
+                        # Rounded anew: the measured error no longer holds.
+                        entry = replace(entry, dtype=self.config.dtype, relative_error=None)
+                    yield entry
+
+    def totals(self, size: int) -> tuple[Totals, tuple[ModuleEntry, ...]]:
+        entries = tuple(self.entries())
+        found = self.checkpoint.survey
+        saved = sum(entry.spec.dense_params - entry.spec.params for entry in entries)
+        totals = self.checkpoint.totals(found.dense_params - saved, size)
+        if self.config.dtype:
+            itemsize = getattr(torch, self.config.dtype).itemsize
+            totals = replace(totals, dense_bytes=found.dense_params * itemsize)
+        return totals, entries
+
+    def reports(self) -> tuple[ModuleReport, ...]:
+        return tuple(self._report(plan) for plan in self.plans)
+
+    def _report(self, plan: WeightPlan) -> ModuleReport:
+        weight = plan.weight
+        made = self.done.get(weight.name)
+        entry = made or weight.entry
+        params = entry.spec.params if entry else weight.dense_params
+        reason = "" if made else self.kept_reason.get(weight.name, plan.reason)
+        return ModuleReport(
+            name=weight.name,
+            role=weight.role,
+            action="mpo" if entry else "kept",
+            reason=reason,
+            shape=weight.shape,
+            params=params,
+            dense_params=weight.dense_params,
+            relative_error=entry.relative_error if entry else 0.0,
+            out_dims=entry.spec.out_dims if entry else None,
+            in_dims=entry.spec.in_dims if entry else None,
+            bond_dims=entry.spec.bond_dims if entry else None,
+            tied=tuple(member.name for member in weight.members[1:]),
+            bytes=params * self._dtype(weight.dtype).itemsize,
+            dense_bytes=weight.dense_params * weight.dtype.itemsize,
+        )
+
+
+def _spec(weight: Weight, sites: SiteShape, bonds: tuple[int, ...]) -> MPOSpec:
+    return MPOSpec(
+        kind=weight.kind,
+        shape=weight.shape,
+        out_dims=sites.out_dims,
+        in_dims=sites.in_dims,
+        bond_dims=bonds,
+        scale=weight.members[0].scale,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

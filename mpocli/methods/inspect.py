@@ -1,0 +1,218 @@
+"""inspect: what a checkpoint holds, matrix by matrix, and whether its manifest tells the truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.targets import Weight, select
+from mpocli.io.checkpoint import file_sha256
+from mpocli.io.manifest import MANIFEST, Totals
+from mpocli.methods.merge import read_mpo
+from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_shape, stored_error
+
+Progress = Callable[[int, int, str], None]
+# Half precision stores a canonical core with this much rounding in AᵀA.
+_CANONICAL_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True)
+class ModuleView:
+    """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond."""
+
+    name: str
+    role: str | None
+    action: str  # mpo | kept
+    reason: str
+    shape: tuple[int, int]
+    params: int
+    dense_params: int
+    central_params: int | None
+    auxiliary_params: int | None
+    bytes: int
+    relative_error: float | None
+    out_dims: tuple[int, ...] | None = None
+    in_dims: tuple[int, ...] | None = None
+    bond_dims: tuple[int, ...] | None = None
+    tied: tuple[str, ...] = ()
+    singular_values: tuple[tuple[float, ...], ...] | None = None
+    entropy_nats: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """`problems` lists what `verify` found, empty where everything holds, None where it was not asked."""
+
+    model: str
+    totals: Totals
+    modules: tuple[ModuleView, ...]
+    rest_params: int
+    history: tuple[str, ...]
+    seconds: float
+    problems: tuple[str, ...] | None = None
+    checks: int = 0
+
+
+def run(
+    model: str,
+    *,
+    module: tuple[str, ...] = (),
+    spectrum: bool = False,
+    verify: bool = False,
+    base: str | None = None,
+    sites: int = 5,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Look at an MPO or an ordinary checkpoint; nothing is changed.
+
+    `spectrum` reads the cores of an MPO, and decomposes a dense matrix (on `sites` sites) to see what its bonds
+    would carry. `verify` checks hashes, counts, canonical claims, and with `base` every claimed error again.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    weights = checkpoint.survey.weights
+    chosen = list(weights)
+    if module:
+        chosen = select(weights, layers=None, targets=module, ignore=(), default_roles=(), target_option="--module")
+    views = []
+    for count, weight in enumerate(chosen, 1):
+        view = _view(weight)
+        if spectrum and (weight.entry or module or weight.role) and not weight.obstacle:
+            view = _with_spectrum(view, checkpoint, weight, sites)
+        views.append(view)
+        if progress and spectrum:
+            progress(count, len(chosen), weight.name)
+    problems: tuple[str, ...] | None = None
+    checks = 0
+    if verify:
+        problems, checks = _verify(checkpoint, base, progress)
+    rest = checkpoint.survey.dense_params - sum(weight.dense_params for weight in weights)
+    history = checkpoint.manifest.history if checkpoint.manifest else ()
+    return InspectReport(
+        model=model,
+        totals=checkpoint.totals(),
+        modules=tuple(views),
+        rest_params=rest,
+        history=tuple(str(entry.get("command")) for entry in history),
+        seconds=time.perf_counter() - started,
+        problems=problems,
+        checks=checks,
+    )
+
+
+def _view(weight: Weight) -> ModuleView:
+    tied = tuple(member.name for member in weight.members[1:])
+    if weight.entry is None:
+        size = weight.dense_params
+        return ModuleView(
+            weight.name,
+            weight.role,
+            "kept",
+            weight.obstacle,
+            weight.shape,
+            size,
+            size,
+            None,
+            None,
+            size * weight.dtype.itemsize,
+            0.0,
+            tied=tied,
+        )
+    spec = weight.entry.spec
+    central = spec.sites.core_sizes(spec.bond_dims)[spec.sites.central]
+    return ModuleView(
+        weight.name,
+        weight.role,
+        "mpo",
+        "",
+        weight.shape,
+        spec.params,
+        weight.dense_params,
+        central,
+        spec.params - central,
+        spec.params * weight.dtype.itemsize,
+        weight.entry.relative_error,
+        spec.out_dims,
+        spec.in_dims,
+        spec.bond_dims,
+        tied,
+    )
+
+
+def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sites: int) -> ModuleView:
+    if weight.entry is not None:
+        mpo = read_mpo(checkpoint.reader, weight)
+    else:
+        assert weight.key is not None
+        matrix = checkpoint.reader.read(weight.key)
+        matrix = matrix.T if weight.kind == "conv1d" else matrix
+        mpo = MPO.from_matrix(matrix, site_shape(*weight.shape, sites), name=weight.key)
+    spectra = bond_spectra(mpo)
+    return replace(
+        view,
+        out_dims=mpo.site_shape.out_dims,
+        in_dims=mpo.site_shape.in_dims,
+        bond_dims=mpo.bond_dims,
+        singular_values=tuple(tuple(values.tolist()) for values in spectra),
+        entropy_nats=tuple(entropy_nats(values) for values in spectra),
+    )
+
+
+def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None) -> tuple[tuple[str, ...], int]:
+    """Problems found, and how many things were checked. Shapes were checked on opening."""
+    manifest, directory = checkpoint.manifest, checkpoint.source.directory
+    if manifest is None:
+        raise InputError(f"{checkpoint.source.name}: is not an MPO checkpoint, there is nothing to verify")
+    problems, checks = [], 0
+    for name, claim in manifest.files.items():
+        checks += 1
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name}: is in {MANIFEST} and not in the directory")
+        elif path.stat().st_size != claim["bytes"]:
+            problems.append(f"{name}: {path.stat().st_size} bytes, {MANIFEST} says {claim['bytes']}")
+        elif file_sha256(path) != claim["sha256"]:
+            problems.append(f"{name}: its sha256 is not the one in {MANIFEST}")
+    checks += 1
+    found = checkpoint.totals()
+    if manifest.totals is not None and (manifest.totals.params, manifest.totals.bytes) != (found.params, found.bytes):
+        problems.append(
+            f"totals: {found.params} parameters in {found.bytes} bytes, {MANIFEST} says "
+            f"{manifest.totals.params} in {manifest.totals.bytes}"
+        )
+    origin = Checkpoint.open(base, trust_remote_code=checkpoint.trust_remote_code) if base else None
+    if origin is not None:
+        checks += 1
+        claimed = manifest.base_model.get("weights_sha256")
+        if claimed and claimed != origin.reader.sha256:
+            problems.append(f"base model: {base} has other weights than the ones recorded ({claimed[:12]}…)")
+    originals = {weight.name: weight for weight in origin.survey.weights} if origin else {}
+    mpos = [weight for weight in checkpoint.survey.weights if weight.entry is not None]
+    for count, weight in enumerate(mpos, 1):
+        assert weight.entry is not None
+        mpo = read_mpo(checkpoint.reader, weight)
+        checks += 1
+        defect = canonical_defect(mpo)
+        if defect > _CANONICAL_TOLERANCE.get(weight.entry.dtype, 1e-5):
+            problems.append(f"{weight.name}: claims canonical cores around {mpo.center}, off by {defect:.1e}")
+        if origin is not None and weight.entry.relative_error is not None:
+            checks += 1
+            original = originals.get(weight.name)
+            if original is None or original.key is None or original.entry is not None:
+                problems.append(f"{weight.name}: {base} has no such dense weight")
+            else:
+                matrix = origin.reader.read(original.key)
+                difference, norm = stored_error(matrix.T if weight.kind == "conv1d" else matrix, mpo)
+                error = difference / norm if norm else 0.0
+                if abs(error - weight.entry.relative_error) > 1e-6 * max(1.0, error):
+                    problems.append(
+                        f"{weight.name}: relative error {error:.6g}, {MANIFEST} says {weight.entry.relative_error:.6g}"
+                    )
+        if progress:
+            progress(count, len(mpos), weight.name)
+    return tuple(problems), checks

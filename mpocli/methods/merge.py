@@ -1,0 +1,100 @@
+"""merge: contract the MPOs of a checkpoint back to the dense weights, for use without mpocli."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.plugin import SIGNPOST
+from mpocli.hf.targets import Weight
+from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.io.writer import CheckpointWriter
+from mpocli.mpo import MPO
+from mpocli.mpo.linalg import cast, check_finite
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    out: str
+    seconds: float
+    merged: int
+    before: Totals
+    totals: Totals
+
+
+def run(
+    model: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> MergeReport:
+    """Write an ordinary transformers checkpoint: every matrix rebuilt in float64, then cast to its cores' dtype.
+
+    Raises `InputError` for a checkpoint that has no MPOs or cannot be read.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model, trust_remote_code=trust_remote_code)
+    if not checkpoint.is_mpo:
+        raise InputError(f"{model}: has no MPOs to merge", hint="it is an ordinary checkpoint already")
+    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    reader = checkpoint.reader
+    mpos = {weight.key: weight for weight in checkpoint.survey.weights if weight.entry is not None}
+    skip = {SIGNPOST}
+    for weight in mpos.values():
+        assert weight.entry is not None
+        skip |= {f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
+    with output_directory(out) as work:
+        writer = CheckpointWriter(work, max_shard_bytes)
+        done = 0
+        for key in reader:
+            if key in skip:
+                continue
+            if key in mpos:
+                tensor = dense_tensor(reader, mpos[key])
+                done += 1
+                if progress:
+                    progress(done, len(mpos), mpos[key].name)
+            else:
+                tensor = reader.read(key)
+            writer.add(key, cast(tensor, getattr(torch, dtype) if dtype else tensor.dtype, key))
+        files = writer.finish()
+        size = sum(file.stat().st_size for file in files)
+        totals = checkpoint.totals(checkpoint.survey.dense_params, size)
+        manifest = Manifest(
+            base_model=checkpoint.base_model(),
+            totals=totals,
+            history=checkpoint.history("merge", {"dtype": dtype}, 0),
+        )
+        write_surroundings(work, checkpoint, manifest, files, dtype=dtype)
+    return MergeReport(str(out), time.perf_counter() - started, len(mpos), checkpoint.totals(), totals)
+
+
+def read_mpo(reader: CheckpointReader, weight: Weight) -> MPO:
+    """The stored cores of a decomposed weight. Raises `InputError` where one is not finite."""
+    assert weight.entry is not None
+    cores = []
+    for core in weight.entry.spec.core_shapes():
+        name = f"{weight.core_prefix}.{core}"
+        tensor = reader.read(name)
+        check_finite(tensor, name)
+        cores.append(tensor)
+    return MPO(tuple(cores), weight.shape, weight.entry.center)
+
+
+def dense_tensor(reader: CheckpointReader, weight: Weight) -> torch.Tensor:
+    """The dense weight of a decomposed module, in the orientation and dtype that its layer stores."""
+    mpo = read_mpo(reader, weight)
+    matrix = mpo.to(dtype=torch.float64).to_matrix().to(mpo.cores[0].dtype)
+    return matrix.T.contiguous() if weight.kind == "conv1d" else matrix.contiguous()
