@@ -1,0 +1,108 @@
+"""`mpocli demo`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpocli.cli import options
+
+if TYPE_CHECKING:
+    from mpocli.methods.demo import DemoReport
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the MPO checkpoints go.")] = Path(
+        "mpocli-demo"
+    ),
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Where the demo models are kept. Default: the user's cache."),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Make two tiny language models, decompose them, load them, predict.
+
+    Needs no network and no account. The first run trains a BERT and a GPT-2
+    for about a minute on the docstrings of Python's standard library; later
+    runs find them in the cache.
+    """
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import demo
+
+    with quiet.transformers(), _stages(enabled=not json) as progress:
+        report = demo.run(cache or _default_cache(), out, progress=progress)
+    if json:
+        render.print_json("demo", report)
+    else:
+        _show(report)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mpocli" / "demo"
+
+
+@contextmanager
+def _stages(*, enabled: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each stage, one below the other."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from mpocli.cli import render
+
+    if not enabled:
+        yield None
+        return
+    if not render.err.is_terminal:
+        begun: list[str] = []
+
+        def say(stage: str, _done: int, _total: int) -> None:
+            if stage not in begun:
+                begun.append(stage)
+                render.err.print(f"{stage} …")
+
+        yield say
+        return
+    columns = TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=render.err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _show(report: DemoReport) -> None:
+    from mpocli.cli import render
+
+    table = render.table("model", "<made by", "parameters", "file", "perplexity")
+    for k, arm in enumerate(report.arms):
+        if k and arm.model != report.arms[k - 1].model:
+            table.add_section()
+        table.add_row(arm.model, arm.made_by, render.count(arm.params), render.size(arm.bytes), f"{arm.perplexity:.1f}")
+    render.out.print(table)
+    render.out.print("(perplexity per token on held-out docstrings; BERT's on masked tokens)\n", style="dim")
+    for model, questions in zip(("bert", "gpt2"), report.questions, strict=True):
+        for number, question in enumerate(questions):
+            render.out.print(
+                f"[bold]{question}[/bold]"
+                if model == "gpt2"
+                else f"[bold]{question.replace('[', chr(92) + '[')}[/bold]"
+            )
+            for arm in report.arms:
+                if arm.model == model:
+                    render.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}", markup=False)
+    render.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:", markup=False)
+    for arm in report.arms:
+        if arm.made_by.startswith("--trunc"):
+            render.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum", markup=False)
+    render.err.print("With a network, on a real model:\n  mpocli decompose bert-base-uncased --trunc 256")

@@ -1,0 +1,176 @@
+"""`mpocli inspect`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpocli.cli import options
+
+if TYPE_CHECKING:
+    from mpocli.methods.inspect import InspectReport, ModuleView
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_WIDTH = 30
+
+
+def command(
+    model: options.Model,
+    module: Annotated[
+        list[str] | None,
+        typer.Option("--module", metavar="GLOB", help="Only these matrices, one row each. Repeatable."),
+    ] = None,
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Singular values and entropy of every bond (of a dense matrix too).")
+    ] = False,
+    sites: Annotated[int, typer.Option("--sites", metavar="N", help="Sites for a dense matrix's spectrum.")] = 5,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check hashes, shapes, counts and canonical form; exit 3 on a mismatch.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="With --verify: recompute every claimed error against it."),
+    ] = None,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Show what a checkpoint holds: parameters by role and matrix, bonds, errors, bytes.
+
+    Reads MPO and ordinary checkpoints alike and changes nothing.
+
+    [bold]Examples[/bold]
+
+      mpocli inspect bert-base-uncased
+
+      mpocli inspect bert-base-uncased-mpo --module '*layer.0.*' --spectrum
+
+      mpocli inspect bert-base-uncased-mpo --verify --base bert-base-uncased
+    """
+    from mpocli.errors import InputError, UsageError
+
+    options.at_least("--sites", sites, 2)
+    if base is not None and not verify:
+        raise UsageError("--base says what to verify against, and --verify is not given", hint="add --verify")
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import inspect
+
+    with quiet.transformers(), render.progress_bar("inspect", enabled=(spectrum or verify) and not json) as progress:
+        report = inspect.run(
+            model,
+            module=tuple(module or ()),
+            spectrum=spectrum,
+            verify=verify,
+            base=base,
+            sites=sites,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        render.print_json("inspect", report)
+    else:
+        _show(report, one_by_one=bool(module))
+    if report.problems:
+        raise InputError(
+            f"{model}: {len(report.problems)} of {report.checks} checks failed; the first: {report.problems[0]}",
+            hint="restore the files that the manifest describes, or decompose again",
+        )
+
+
+def _show(report: InspectReport, *, one_by_one: bool) -> None:
+    from mpocli.cli import render
+
+    if one_by_one:
+        _matrices(report)
+    else:
+        render.out.print(_roles(report))
+    for view in report.modules:
+        if view.singular_values is not None:
+            _spectrum(view)
+    if report.history:
+        render.err.print("history: " + " → ".join(report.history), style="dim")
+    if report.problems is not None:
+        for problem in report.problems:
+            render.err.print(f"✗ {problem}", style="red", markup=False)
+        if not report.problems:
+            render.out.print(f"verified: {report.checks} checks, no mismatch", style="green")
+
+
+def _roles(report: InspectReport) -> Any:
+    from mpocli.cli import render
+
+    table = render.table("role", "as MPO", "parameters", "ratio", "central", "auxiliary", "err", "bytes")
+    for role, views in render.by_role(report.modules):
+        made = [view for view in views if view.action == "mpo"]
+        known = [view.relative_error for view in made if view.relative_error is not None]
+        params = sum(view.params for view in views)
+        table.add_row(
+            role or "other",
+            f"{len(made)} of {len(views)}",
+            render.count(params),
+            render.ratio(params, sum(view.dense_params for view in views)),
+            render.count(sum(view.central_params or 0 for view in made)) if made else "",
+            render.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
+            (render.error(max(known)) if known else "?") if made else "",
+            render.size(sum(view.bytes for view in views)),
+        )
+    if report.rest_params:
+        table.add_row("rest", "", render.count(report.rest_params), "1.000", style="dim")
+    totals = report.totals
+    table.add_section()
+    whole = render.count(totals.params), f"{totals.ratio:.3f}", "", "", "", render.size(totals.bytes)
+    table.add_row("model", "", *whole, style="bold")
+    return table
+
+
+def _matrices(report: InspectReport) -> None:
+    """Two lines for each matrix: module paths are too long to share one with their numbers."""
+    from mpocli.cli import render
+
+    header = f"{'shape':>13} {'parameters':>11} {'ratio':>6} {'central':>10} {'auxiliary':>9} {'err':>7}  bonds"
+    render.out.print(header, style="bold")
+    for view in report.modules:
+        made = view.action == "mpo"
+        bonds = " ".join(map(str, view.bond_dims[1:-1])) if made and view.bond_dims else "dense"
+        render.out.print(f"[bold]{view.name}[/bold]  [dim]{view.role or ''}[/dim]")
+        render.out.print(
+            f"{view.shape[0]:>7}x{view.shape[1]:<5} {view.params:>11,} {view.params / view.dense_params:>6.3f} "
+            f"{render.count(view.central_params):>10} {render.count(view.auxiliary_params):>9} "
+            f"{render.error(view.relative_error) if made else '':>7}  {bonds}"
+        )
+
+
+def _spectrum(view: ModuleView) -> None:
+    """Bars of σ_j/σ_1, one line for each inner bond."""
+    from mpocli.cli import render
+
+    assert view.singular_values is not None and view.entropy_nats is not None
+    shape = f"{','.join(map(str, view.out_dims or ()))}x{','.join(map(str, view.in_dims or ()))}"
+    render.out.print(f"\n[bold]{view.name}[/bold]  {shape}")
+    table = render.table("bond", "χ", "σ max", "σ min", "entropy", "of ln χ", "<σ_j, j = 1 … χ")
+    for k, (values, entropy) in enumerate(zip(view.singular_values, view.entropy_nats, strict=True), 1):
+        most = math.log(len(values)) if len(values) > 1 else 0.0
+        table.add_row(
+            str(k),
+            str(len(values)),
+            f"{values[0]:.3g}",
+            f"{values[-1]:.2g}",
+            f"{entropy:.3f}",
+            f"{entropy / most:.0%}" if most else "",
+            _bars(values),
+        )
+    render.out.print(table)
+
+
+def _bars(values: tuple[float, ...]) -> str:
+    """At most `_WIDTH` bars: the first value of each stretch."""
+    if not values or values[0] <= 0:
+        return "all zero"
+    count = min(_WIDTH, len(values))
+    picked = [values[k * len(values) // count] for k in range(count)]
+    return "".join(_BLOCKS[round(value / values[0] * (len(_BLOCKS) - 1))] for value in picked)

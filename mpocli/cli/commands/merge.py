@@ -1,0 +1,49 @@
+"""`mpocli merge`."""
+
+from __future__ import annotations
+
+from mpocli.cli import options
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    dtype: options.Dtype = None,
+    max_shard_size: options.ShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed.
+
+    [bold]Examples[/bold]
+
+      mpocli merge bert-base-uncased-mpo -o bert-dense
+    """
+    options.one_of("--dtype", dtype, options.DTYPES)
+    shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import merge
+
+    destination = out or options.default_out(model, "merged")
+    with quiet.transformers(), render.progress_bar("merge", enabled=not json) as progress:
+        report = merge.run(
+            model,
+            destination,
+            dtype=dtype,
+            max_shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        render.print_json("merge", report)
+        return
+    table = render.table("", "before", "after")
+    table.add_row("matrices as MPO", str(report.merged), "0")
+    table.add_row("parameters", render.count(report.before.params), render.count(report.totals.params))
+    table.add_row("bytes", render.size(report.before.bytes), render.size(report.totals.bytes))
+    render.out.print(table)
+    render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)

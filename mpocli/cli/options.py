@@ -1,0 +1,96 @@
+"""Options that several commands share, and how their text becomes values. Light: no torch here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpocli.mpo import SiteShape
+
+MODEL = "Model directory, or a hub model such as bert-base-uncased."
+DANGER = "Dangerous options"
+ROLES = ("embedding", "attention", "ffn", "pooler", "head")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help=f"Store as {', '.join(DTYPES)}. Default: as in the model."),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.", rich_help_panel=DANGER)
+]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB.")]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`5GB`, `300MiB` or `1000` as bytes; `UsageError` for anything else.
+
+    >>> parse_bytes("5GB", "--max-shard-size")
+    5000000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]i?)?B)?\s*", text, flags=re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"{option} {text!r} is no size", hint="write it as 5GB, 300MB or 64MiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def parse_layers(text: str | None) -> tuple[str, ...] | None:
+    """`attention,ffn` as roles; `UsageError` for a word that is none."""
+    if text is None:
+        return None
+    roles = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown or not roles:
+        raise UsageError(
+            f"--layers {text!r}: {(unknown or ['nothing'])[0]!r} is no role", hint=f"the roles are {', '.join(ROLES)}"
+        )
+    return roles
+
+
+def parse_shapes(texts: list[str]) -> tuple[tuple[str, SiteShape], ...]:
+    """`GLOB=3,4,4,4,4x4,4,4,4,3` as (glob, site shape) pairs; `UsageError` where one cannot be read."""
+    from mpocli.errors import InputError
+    from mpocli.mpo import SiteShape
+
+    shapes = []
+    for text in texts:
+        glob, equals, shape = text.rpartition("=")
+        if not equals or not glob:
+            raise UsageError(f"--shape {text!r} has no glob", hint="write --shape '*attention*=3,4,4,4,4x4,4,4,4,3'")
+        try:
+            shapes.append((glob, SiteShape.parse(shape)))
+        except InputError as error:
+            raise UsageError(f"--shape {text!r}: {error.message}", hint=error.hint) from error
+    return tuple(shapes)
+
+
+def at_least(option: str, value: float | None, least: float) -> None:
+    """`UsageError` for a number below the smallest that makes sense."""
+    if value is not None and value < least:
+        raise UsageError(f"{option} {value}: must be at least {least}", hint=f"choose {option} {least} or more")
+
+
+def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise UsageError(f"{option} {value!r} is not known", hint=f"choose {', '.join(choices)}")
+
+
+def default_out(model: str, suffix: str) -> Path:
+    """In the working directory: the model's bare name and what was done to it."""
+    name = Path(model).name if model not in (".", "..") else Path(model).resolve().name
+    return Path(f"{name}-{suffix}")

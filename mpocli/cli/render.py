@@ -1,0 +1,113 @@
+"""How results look: tables and bars for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Where no terminal says how wide it is (a pipe, a log), tables are never squeezed.
+_PIPE_WIDTH = 160
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
+
+
+def print_json(command: str, report: Any, **extra: Any) -> None:
+    """One object, `schema` first, never NaN."""
+    data = {"schema": f"mpocli.{command}/1", **asdict(report), **extra}
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar on stderr, as a callback (done, total, item)."""
+    if not enabled or not err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[item]}", style="dim"),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None, item="")
+
+        def update(done: int, total: int, item: str) -> None:
+            bar.update(task, completed=done, total=total, item=escape(shortened(item)))
+
+        yield update
+
+
+def shortened(name: str, width: int = 44) -> str:
+    """A module path that fits a column: its end says more than its beginning."""
+    return name if len(name) <= width else "…" + name[-(width - 1) :]
+
+
+def count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as file managers and hubs print them."""
+    value, unit = float(number), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def ratio(after: int, before: int) -> str:
+    return f"{after / before:.3f}" if before else ""
+
+
+def error(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return "0" if value == 0 else f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+
+
+def table(*columns: str) -> Table:
+    """A plain table: the first column to the left, numbers to the right. A leading `<` keeps one to the left.
+
+    Only the first column gives way in a narrow terminal: it folds, and no number is ever cut.
+    """
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for k, column in enumerate(columns):
+        left = k == 0 or column.startswith("<")
+        made.add_column(column.removeprefix("<"), justify="left" if left else "right", no_wrap=k > 0, overflow="fold")
+    return made
+
+
+def by_role(modules: Iterable[Any]) -> list[tuple[str | None, list[Any]]]:
+    """Modules grouped by role, in the order that tables use."""
+    groups: dict[str | None, list[Any]] = {}
+    for module in modules:
+        groups.setdefault(module.role, []).append(module)
+    return [(role, groups[role]) for role in ROLE_ORDER if role in groups]
+
+
+def notes(modules: Iterable[Any]) -> list[str]:
+    """Why selected matrices were kept, one line for each role and reason."""
+    grouped: dict[tuple[str, str], list[Any]] = {}
+    for module in modules:
+        if module.action == "kept" and module.reason and module.reason != "not selected":
+            grouped.setdefault((module.role or "other", module.reason), []).append(module)
+    lines = []
+    for (role, reason), members in grouped.items():
+        name = f"{len(members)} {role} matrices" if len(members) > 1 else members[0].name
+        lines.append(f"kept dense: {name}: {reason}")
+    return lines

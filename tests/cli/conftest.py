@@ -1,0 +1,105 @@
+"""Models to run the command line on, made once; tests copy what they change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import models
+import pytest
+
+from cli.processes import Server
+from cli.shell import Cli, Outcome
+from mpocli.cli.app import main
+from mpocli.methods import decompose
+from mpocli.methods.decompose_plan import DecomposeConfig
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`mpocli` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        code = stop.value.code
+        assert code is None or isinstance(code, int)
+        return Outcome(code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def bert(home: Path) -> Path:
+    """A classifier with a tokenizer's files beside the weights."""
+    models.bert_classifier(home / "bert")
+    (home / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    (home / "bert" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return home / "bert"
+
+
+@pytest.fixture(scope="session")
+def masked_lm(home: Path) -> Path:
+    models.bert_masked_lm(home / "masked-lm")
+    return home / "masked-lm"
+
+
+@pytest.fixture(scope="session")
+def gpt2(home: Path) -> Path:
+    models.gpt2(home / "gpt2")
+    return home / "gpt2"
+
+
+@pytest.fixture(scope="session")
+def t5(home: Path) -> Path:
+    models.t5(home / "t5")
+    return home / "t5"
+
+
+@pytest.fixture(scope="session")
+def llama(home: Path) -> Path:
+    models.llama(home / "llama")
+    return home / "llama"
+
+
+@pytest.fixture(scope="session")
+def bert_mpo(bert: Path, home: Path) -> Path:
+    """`bert` at bond dimension 8."""
+    decompose.run(str(bert), DecomposeConfig(trunc=8), home / "bert-mpo")
+    return home / "bert-mpo"
+
+
+@pytest.fixture(scope="session")
+def server(bert: Path) -> Iterator[Server]:
+    """`mpocli` in processes of its own."""
+    with Server(bert) as running:
+        yield running
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def dense(bert: Path, tmp_path: Path) -> Path:
+    """A copy of `bert` to spoil."""
+    return Path(shutil.copytree(bert, tmp_path / "dense"))
+
+
+@pytest.fixture
+def mpo(bert_mpo: Path, tmp_path: Path) -> Path:
+    """A copy of `bert_mpo` to spoil."""
+    return Path(shutil.copytree(bert_mpo, tmp_path / "mpo"))

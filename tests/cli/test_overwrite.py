@@ -1,0 +1,304 @@
+"""The output directory appears whole or not at all, whatever ends the run."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import models
+import pytest
+import transformers as tf
+
+from cli.processes import Ended, Moment, Server
+from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
+from mpocli.hf import artifact
+from mpocli.io.writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model, the directory that stands at `out`, what is in it, and what a run that overwrites it makes."""
+
+    server: Server
+    model: Path
+    before: Path
+    old: dict[str, str]
+    new: dict[str, str]
+    cpu: float  # seconds of processor time of that run
+
+    def overwrite(self, work: Path, moment: Moment | None = None, limit: int | None = None) -> Ended:
+        command = ("decompose", self.model, "--trunc", 24, "-o", "out", "--overwrite")
+        return self.server.run(*command, cwd=work, log=work.parent / "log", moment=moment, limit=limit)
+
+    def finishes_and_sweeps(self, work: Path) -> None:
+        ended = self.overwrite(work)
+        assert ended.code == 0, ended.err
+        assert tree(work / "out") == self.new
+        assert [path.name for path in work.iterdir()] == ["out"]
+
+
+def _stage(server: Server, model: Path, work: Path) -> Stage:
+    options = ("--layers", "pooler", "-o", "before")
+    ended = server.run("decompose", model, *options, cwd=work, log=work / "log")
+    assert ended.code == 0, ended.err
+    stage = Stage(server, model, work / "before", tree(work / "before"), {}, 0.0)
+    (work / "new").mkdir()
+    ended = stage.overwrite(work / "new")
+    assert ended.code == 0, ended.err
+    new = tree(work / "new" / "out")
+    assert new.keys() == stage.old.keys() and new[WEIGHTS] != stage.old[WEIGHTS]
+    return replace(stage, new=new, cpu=ended.cpu)
+
+
+@pytest.fixture(scope="module")
+def stage(server: Server, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return _stage(server, bert, tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="module")
+def slow(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """A model whose decomposition takes long enough to be hit in the middle."""
+    work = tmp_path_factory.mktemp("slow")
+    models.bert_classifier(work / "model", hidden_size=192, intermediate_size=384, num_hidden_layers=16)
+    return _stage(server, work / "model", work)
+
+
+@pytest.fixture
+def out(work: Path, stage: Stage) -> Path:
+    """The old directory, where it is to be overwritten."""
+    return Path(shutil.copytree(stage.before, work / "out"))
+
+
+FIRST_BYTE = ("open", r"\.partial-\d+/\.spool$")
+
+
+def test_a_kill_while_it_writes_leaves_the_old_directory_and_the_next_run_sweeps_up(slow: Stage, work: Path) -> None:
+    shutil.copytree(slow.before, work / "out")
+    killed = 0
+    for part in (0.01, 0.2, 0.4, 0.6, 0.8, 1.0):
+        ended = slow.overwrite(work, Moment(*FIRST_BYTE, delay=part * slow.cpu))
+        if ended.code == 0:
+            break  # it was done before the kill
+        assert ended.code == -signal.SIGKILL
+        found, left = tree(work / "out"), [path.name for path in work.iterdir() if path.name != "out"]
+        if found != slow.new:
+            assert found == slow.old
+            assert len(left) == 1 and ".partial-" in left[0]  # what the kill before this one left is swept up
+            killed += 1
+    assert killed >= 3
+    slow.finishes_and_sweeps(work)
+
+
+# (audit event, pattern in its arguments, the how-manieth)
+MOMENTS: dict[str, tuple[str, str, int]] = {
+    "before the first byte": (*FIRST_BYTE, 1),
+    "before the weight file": ("open", r"\.partial-\d+/model\.safetensors$", 1),
+    "before the config": ("open", r"\.partial-\d+/config\.json$", 1),
+    "before the manifest": ("open", r"\.partial-\d+/mpo\.json$", 1),
+    "before the flush": ("open", r"\.partial-\d+/mpo\.json$", 2),
+    "before the first renaming": ("os.rename", r"\.(partial|replaced)-\d+$", 1),
+    "before the second renaming": ("os.rename", r"\.(partial|replaced)-\d+$", 2),
+    "before the deletion": ("shutil.rmtree", r"\.(partial|replaced)-\d+$", 1),
+}
+
+
+def _must_come(moment: str) -> bool:
+    """How the directories are exchanged is the package's business: a moment of it may not exist."""
+    return "renaming" not in moment
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_this_moment_leaves_old_or_new(moment: str, stage: Stage, out: Path, work: Path) -> None:
+    ended = stage.overwrite(work, Moment(*MOMENTS[moment]))
+    assert ended.code == -signal.SIGKILL or (ended.code == 0 and not _must_come(moment)), ended.err
+    left = [path.name for path in work.iterdir() if path != out]
+    assert left or ended.code == 0, "nothing was under way"
+    found = tree(out) if out.exists() else None
+    stage.finishes_and_sweeps(work)
+    assert found in (stage.old, stage.new), f"beside {left} stands {found or 'nothing'}"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupt_at_this_moment_leaves_old_or_new_and_nothing_else(
+    moment: str, stage: Stage, out: Path, work: Path
+) -> None:
+    ended = stage.overwrite(work, Moment(*MOMENTS[moment], signal=signal.SIGINT))
+    assert ended.code == 130 or (ended.code == 0 and not _must_come(moment)), ended.err
+    assert "Traceback" not in ended.err
+    assert [path.name for path in work.iterdir()] == ["out"]
+    assert tree(out) in (stage.old, stage.new)
+
+
+def test_an_interrupt_in_the_middle_of_the_arithmetic_leaves_nothing(slow: Stage, work: Path) -> None:
+    ended = slow.overwrite(work, Moment(*FIRST_BYTE, signal=signal.SIGINT, delay=0.4 * slow.cpu))
+    assert ended.code == 130
+    assert "Traceback" not in ended.err and ended.out == ""
+    assert list(work.iterdir()) == []
+
+
+def test_an_interrupt_says_so_in_one_line(stage: Stage, work: Path) -> None:
+    ended = stage.overwrite(work, Moment(*FIRST_BYTE, signal=signal.SIGINT))
+    assert [line for line in ended.err.splitlines() if line] == ["error: interrupted; nothing half-written was left"]
+
+
+def test_a_file_that_cannot_grow_is_exit_3_and_leaves_the_old_directory(stage: Stage, out: Path, work: Path) -> None:
+    """A real failing write, in the middle of the weights."""
+    ended = stage.overwrite(work, limit=50_000)
+    assert ended.code == 3
+    assert "Traceback" not in ended.err and ended.err.count("error: ") == 1
+    assert os.strerror(errno.EFBIG) in ended.err
+    assert [path.name for path in work.iterdir()] == ["out"]
+    assert tree(out) == stage.old
+
+
+# --- failures in this process -----------------------------------------------------------------------------------
+
+
+def _full(*_arguments: object, **_options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _fail_at_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = CheckpointWriter.add
+
+    def limited(self: CheckpointWriter, name: str, tensor: object) -> None:
+        if len(self.specs) == 20:
+            _full()
+        add(self, name, tensor)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CheckpointWriter, "add", limited)
+
+
+def _fail_at_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointWriter, "finish", _full)
+
+
+def _fail_at_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_write_json", _full)
+
+
+def _fail_at_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact.shutil, "copyfile", _full)
+
+
+FAILURES = {
+    "a tensor": _fail_at_add,
+    "the weight file": _fail_at_finish,
+    "the config": _fail_at_config,
+    "the vocabulary": _fail_at_copy,
+}
+
+
+@pytest.mark.parametrize("verb", ["decompose", "merge"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_full_disk_is_one_line_and_leaves_the_old_directory(
+    failure: str, verb: str, cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(cli("merge", mpo, "--dtype", "float64", "-o", "out"))
+    before = tree(work)
+    assert before
+    command = [verb, mpo, "-o", "out", "--overwrite"]
+    with monkeypatch.context() as patch:
+        FAILURES[failure](patch)
+        refused(cli(*command), 3, "out", os.strerror(errno.ENOSPC))
+    assert tree(work) == before
+    succeeded(cli(*command))
+    assert tree(work) != before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=repr)
+def test_a_renaming_that_fails_puts_the_old_directory_back(
+    error: BaseException, cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a system cannot exchange two directories in one step, the old one has been moved aside by then."""
+    succeeded(cli("merge", mpo, "--dtype", "float64", "-o", "out"))
+    before = tree(work)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", _full)  # no renameat2
+    outcome = cli("merge", mpo, "-o", "out", "--overwrite")
+    if isinstance(error, OSError):
+        refused(outcome, 3, "out", os.strerror(errno.ENOSPC))
+    else:
+        assert outcome.code == 130
+    assert tree(work) == before
+
+
+def test_directories_are_replaced_where_the_system_cannot_exchange_them(
+    cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", _full)
+    succeeded(cli("merge", mpo, "--dtype", "float64", "-o", "out"))
+    before = tree(work)
+    succeeded(cli("merge", mpo, "-o", "out", "--overwrite"))
+    assert tree(work).keys() == before.keys() and tree(work) != before
+
+
+def test_an_output_that_is_new_is_not_there_after_a_failure(
+    cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_at_finish(monkeypatch)
+    refused(cli("merge", mpo, "-o", "below/out"), 3)
+    assert not [path for path in work.rglob("*") if path.is_file()]
+
+
+def test_overwrite_leaves_no_file_of_the_old_directory(cli: Cli, bert: Path, work: Path) -> None:
+    succeeded(cli("decompose", bert, "-o", "out", "--max-shard-size", "20KB"))
+    (work / "out" / "notes.txt").write_text("of the old one")
+    succeeded(cli("decompose", bert, "--trunc", 8, "-o", "out", "--overwrite"))
+    assert set(tree(work / "out")) == {*tree(bert), "README.md", "mpo.json"}
+    assert [path.name for path in work.iterdir()] == ["out"]
+    tf.BertForSequenceClassification.from_pretrained(work / "out")
+
+
+def test_an_empty_directory_needs_no_overwrite_and_a_missing_parent_is_made(cli: Cli, bert: Path, work: Path) -> None:
+    (work / "empty").mkdir()
+    succeeded(cli("decompose", bert, "--trunc", 8, "-o", "empty"))
+    succeeded(cli("decompose", bert, "--trunc", 8, "-o", "a/b/c"))
+    assert (work / "empty" / WEIGHTS).is_file() and (work / "a" / "b" / "c" / WEIGHTS).is_file()
+
+
+def test_the_working_directory_is_never_deleted_from_under_the_shell(cli: Cli, bert: Path, work: Path) -> None:
+    """`mkdir out; cd out; mpocli decompose … -o .` fills it or refuses, and the shell still stands in `out`."""
+    outcome = cli("decompose", bert, "--trunc", 8, "-o", ".")
+    if outcome.code:
+        refused(outcome, 3, "working directory")
+    assert Path(WEIGHTS).exists() == (outcome.code == 0)
+    assert Path().samefile(work)
+
+
+def test_what_a_running_process_writes_is_not_swept(cli: Cli, bert: Path, work: Path) -> None:
+    """Only remains of processes that are gone: two runs with one output must not tear at each other."""
+    alive = work / f".out.partial-{os.getppid()}"
+    alive.mkdir()
+    (alive / "half").write_text("in the making")
+    stranger = work / ".other.partial-999999999"
+    stranger.mkdir()
+    gone = work / ".out.partial-999999999"
+    gone.mkdir()
+    succeeded(cli("decompose", bert, "--trunc", 8, "-o", "out"))
+    assert {path.name for path in work.iterdir()} == {"out", alive.name, stranger.name}
+
+
+def test_what_a_kill_moved_aside_is_put_back_by_the_next_run_even_if_that_fails(
+    cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(cli("merge", mpo, "-o", "out"))
+    before = tree(work / "out")
+    (work / "out").rename(work / ".out.replaced-999999999")
+    (work / ".out.partial-999999999").mkdir()
+    _fail_at_finish(monkeypatch)
+    refused(cli("merge", mpo, "-o", "out", "--overwrite"), 3)
+    assert tree(work / "out") == before
+    assert [path.name for path in work.iterdir()] == ["out"]

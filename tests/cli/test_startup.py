@@ -1,0 +1,64 @@
+"""The command line answers as fast as Typer lets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mpocli.cli.app import app
+
+RUNS = 7
+MOST = 1.6
+
+_BARE = '''"""A Typer application that does nothing."""
+import typer
+
+app = typer.Typer(name="bare", help="Nothing at all.", rich_markup_mode="rich", add_completion=False)
+{commands}
+
+@app.callback()
+def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    """Nothing at all."""
+
+
+if __name__ == "__main__":
+    app()
+'''
+_COMMAND = '''
+@app.command()
+def verb{number}() -> None:
+    """Does nothing, in {number} steps."""
+'''
+
+
+def test_help_takes_at_most_1_6_times_a_bare_typer_application(tmp_path: Path) -> None:
+    """Interleaved, the fastest of seven runs each: a machine that is busy slows both."""
+    count = len(app.registered_commands)
+    commands = "".join(_COMMAND.format(number=number) for number in range(count))
+    (tmp_path / "bare.py").write_text(_BARE.format(commands=commands))
+
+    def seconds(module: str) -> float:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        taken = time.perf_counter() - start
+        assert "Commands" in done.stdout
+        return taken
+
+    seconds("bare"), seconds("mpocli")  # compiled and in the page cache
+    times = [(seconds("bare"), seconds("mpocli")) for _ in range(RUNS)]
+    bare, ours = (min(column) for column in zip(*times, strict=True))
+    assert ours <= MOST * bare, f"{ours:.3f} s against {bare:.3f} s: {ours / bare:.2f} times"
+
+
+def test_help_lists_every_command_with_its_first_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "mpocli", "--help"], capture_output=True, text=True, check=True)
+    for command in app.registered_commands:
+        assert command.name is not None and command.callback is not None
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"│ {command.name} ")]
+        assert len(lines) == 1
+        first = (command.callback.__doc__ or "").split()[:3]
+        assert len(first) == 3 and " ".join(first) in lines[0], f"{command.name} says nothing of what it does"

@@ -1,0 +1,205 @@
+"""The package is built in floors: imports point down, and the light ones stay light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {"errors": 0, "mpo": 1, "nn": 2, "io": 2, "hf": 3, "train": 4, "methods": 5, "cli": 6}
+# Packages from outside that only some floors may touch; anything else is free for all but `mpo`.
+RESERVED = {
+    "transformers": {"hf", "train"},
+    "huggingface_hub": {"hf", "train"},
+    "accelerate": {"hf", "train"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "click": set(),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute, `from a import b` gives a.b
+    line: int
+
+
+def imports(source: str, file: str) -> Iterator[Import]:
+    """Every import of a module of the package, absolute, those inside functions and TYPE_CHECKING too.
+
+    `file` is its path inside `mpocli/`, which relative imports start from.
+    """
+    package = ["mpocli", *Path(file).parent.parts]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (Import(f"{origin}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (
+                Import(str(name.value), node.lineno) for name in node.args[:1] if isinstance(name, ast.Constant)
+            )
+
+
+def violations(source: str, file: str) -> list[str]:
+    """What a file imports and must not. `file` is its path inside `mpocli/`."""
+    package = file.partition("/")[0].removesuffix(".py")
+    if package.startswith("__"):  # __init__ and __main__ stand outside the house
+        return []
+    found = []
+    for imported in imports(source, file):
+        top, _, rest = imported.module.partition(".")
+        other = rest.partition(".")[0]
+        where = f"{file}:{imported.line} imports {imported.module}"
+        if top == "mpocli":
+            if other not in (package, "__version__") and FLOORS.get(other, 99) >= FLOORS[package]:
+                found.append(f"{where}, which is not below")
+        elif package == "mpo" and top != "torch" and top not in sys.stdlib_module_names:
+            found.append(f"{where}: torch and the standard library only")
+        elif package not in RESERVED.get(top, {package}):
+            found.append(f"{where}, kept for {RESERVED[top] or 'nobody'}")
+    return found
+
+
+def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None:
+    files = sorted((ROOT / "mpocli").rglob("*.py"))
+    assert len(files) > 30
+    names = {str(file.relative_to(ROOT / "mpocli")): file for file in files}
+    assert {name.partition("/")[0].removesuffix(".py") for name in names} <= {*FLOORS, "__init__", "__main__"}
+    assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("mpo/a.py", "import numpy"),
+        ("mpo/a.py", "from safetensors import safe_open"),
+        ("mpo/a.py", "from mpocli.io.manifest import MPOSpec"),
+        ("mpo/a.py", "from ..hf import plugin"),
+        ("mpo/a.py", "from mpocli import MPOLinear"),
+        ("errors.py", "from mpocli.mpo import MPO"),
+        ("nn/a.py", "from transformers import PreTrainedModel"),
+        ("nn/a.py", "import mpocli.io.manifest"),
+        ("io/a.py", "import transformers.utils as utils"),
+        ("io/a.py", "import importlib\nimportlib.import_module('transformers')"),
+        ("io/a.py", "def f():\n    from mpocli.nn import MPOLinear"),
+        ("hf/a.py", "from mpocli.methods import merge"),
+        ("hf/a.py", "import rich"),
+        ("train/a.py", "from mpocli.methods.merge import run"),
+        ("methods/a.py", "from transformers import AutoModel"),
+        ("methods/a.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
+        ("methods/a.py", "from mpocli.cli import render"),
+        ("methods/a.py", "import typer"),
+        ("cli/a.py", "import click"),
+        ("cli/a.py", "def f():\n    from click.testing import CliRunner"),
+        ("cli/a.py", "def f():\n    from transformers.utils import logging"),
+    ],
+)
+def test_an_import_that_points_up_or_trespasses_is_noticed(file: str, source: str) -> None:
+    assert len(violations(source, file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("mpo/a.py", "import math\nimport torch\nfrom torch import nn\nfrom mpocli.errors import InputError"),
+        ("mpo/a.py", "from .shape import SiteShape"),
+        ("nn/a.py", "from mpocli.mpo import MPO"),
+        ("hf/a.py", "import transformers\nfrom mpocli.io.manifest import MPOSpec\nfrom mpocli import __version__"),
+        ("methods/a.py", "from mpocli.hf.targets import survey\nfrom mpocli.train import data"),
+        ("cli/commands/a.py", "import typer\ndef f():\n    from mpocli.hf import quiet"),
+    ],
+)
+def test_an_import_that_points_down_is_not_an_offence(file: str, source: str) -> None:
+    assert violations(source, file) == []
+
+
+def _modules_after(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has loaded after running `code`."""
+    report = "import sys\nprint('\\nmodules', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+_HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
+
+
+def test_import_mpocli_loads_neither_torch_nor_transformers_nor_the_command_line() -> None:
+    loaded = _modules_after("import mpocli; dir(mpocli); mpocli.__version__")
+    assert "mpocli" in loaded
+    assert not loaded & {*_HEAVY, "typer", "rich"}
+
+
+_RUN = """
+from mpocli.cli.app import app, main
+def run(*arguments):
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+"""
+
+
+def test_no_help_page_loads_torch_or_transformers() -> None:
+    loaded = _modules_after(
+        f"{_RUN}\nrun('--help')\nrun('--version')\n"
+        "verbs = [command.name for command in app.registered_commands]\nassert 'decompose' in verbs\n"
+        "for verb in verbs:\n    run(verb, '--help')"
+    )
+    assert "mpocli" in loaded and "typer" in loaded
+    assert not loaded & _HEAVY
+
+
+def test_a_public_name_does_load_torch() -> None:
+    """The two checks above can fail."""
+    assert "torch" in _modules_after("import mpocli; mpocli.MPO")
+
+
+# --- the repository ---------------------------------------------------------------------------------------------
+
+
+def _tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name]
+
+
+def test_the_top_level_holds_the_project_and_dotfiles_only() -> None:
+    allowed = {"pyproject.toml", "mpocli", "tests", "recipes", "README.md", "LICENSE"}
+    top = {name.partition("/")[0] for name in _tracked()}
+    assert {name for name in top if not name.startswith(".")} <= allowed
+    assert {"pyproject.toml", "mpocli", "README.md", "LICENSE"} <= top
+
+
+# Home, scratch and work folders of one machine; package indexes. The classes keep this line from matching itself.
+_PRIVATE = re.compile(
+    rb"(?:^|[^A-Za-z0-9_.~\]])/(?:root|tmp|home|work|opt|mnt|Users)/[A-Za-z]"
+    rb"|index[-]url|pythonhosted[.]org|/simple[/]|(?:localhost|127[.]0[.]0[.]1):\d"
+)
+
+
+def test_no_tracked_file_names_a_machine_path_or_a_package_index() -> None:
+    offences = []
+    for name in _tracked():
+        if (ROOT / name).is_file():
+            for number, line in enumerate((ROOT / name).read_bytes().splitlines(), 1):
+                if _PRIVATE.search(line):
+                    offences.append(f"{name}:{number}: {line[:120]!r}")
+    assert offences == []
+
+
+@pytest.mark.parametrize(
+    "line", ["cd /{}/x", "open('/{}/a.txt')", "--index-{}", "http://127.0.0.1:{}/", "https://mirror/{}/torch"]
+)
+def test_a_machine_path_or_package_index_would_be_noticed(line: str) -> None:
+    word = {"--index-{}": "url", "http://127.0.0.1:{}/": "8080", "https://mirror/{}/torch": "simple"}.get(line, "root")
+    assert _PRIVATE.search(line.format(word).encode())
+    assert not _PRIVATE.search(b"https://www.apache.org/licenses/ and path/to/home/x and tests/io/test.py")
