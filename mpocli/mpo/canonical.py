@@ -22,7 +22,8 @@ def canonicalize(mpo: MPO, center: int | None = None) -> MPO:
         cores[k], cores[k + 1] = _shift_right(cores[k], cores[k + 1])
     for k in range(len(cores) - 1, center, -1):
         cores[k - 1], cores[k] = _shift_left(cores[k - 1], cores[k])
-    return MPO(tuple(cores), mpo.shape, center)
+    # QR hands back transposed views; cores are stored and joined row by row.
+    return MPO(tuple(core.contiguous() for core in cores), mpo.shape, center)
 
 
 def _shift_right(core: Tensor, neighbour: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,4 +109,4 @@ def symmetric_gauge(mpo: MPO) -> MPO:
         inverse_root = torch.where(previous > floor, previous.clamp_min(floor).rsqrt(), 0.0)
         cores[k] = inverse_root[:, None, None, None] * core
         previous = s
-    return MPO(tuple(cores), mpo.shape)
+    return MPO(tuple(core.contiguous() for core in cores), mpo.shape)

@@ -81,7 +81,11 @@ class MPOEmbedding(MPOModule):
     def _rows(self, ids: Tensor) -> Tensor:
         """Rows (T, padded I) of ascending distinct ids (T,), in chunks of bounded memory."""
         bond, cut = self.bond_dims[self.central + 1], self.central + 1
-        columns = max(math.prod(self.sites.in_dims[:cut]), math.prod(self.sites.in_dims[cut:]))
+        sides = slice(cut), slice(cut, None)
+        # A side without row digits is one state for all ids and need not be small.
+        columns = max(
+            math.prod(self.sites.in_dims[side]) if math.prod(self.sites.out_dims[side]) > 1 else 1 for side in sides
+        )
         size = max(1, _CHUNK_ELEMENTS // (bond * columns))
         tail = math.prod(self.sites.out_dims[self.central + 1 :])
         suffixes, suffix_of = torch.unique(ids % tail, return_inverse=True)
@@ -101,6 +105,13 @@ class MPOEmbedding(MPOModule):
     def _chunk(self, cores: Sequence[Tensor], prefixes: Tensor, right: Tensor, suffix_of: Tensor) -> Tensor:
         distinct, prefix_of = torch.unique(prefixes, return_inverse=True)
         left = self._left_states(cores, distinct)  # (P, in_0..in_c, χ)
+        # Where all ids share one side (an SVD's does not depend on the id), it is one factor for all of them.
+        if len(right) == 1:
+            return (left[prefix_of].flatten(0, 1) @ right[0]).reshape(len(prefix_of), -1)
+        if len(left) == 1:
+            states = right[suffix_of].transpose(1, 2)  # (T, in_{c+1}.., χ)
+            product = states.flatten(0, 1) @ left[0].T
+            return product.reshape(len(prefix_of), -1, left.shape[1]).transpose(1, 2).flatten(1)
         return torch.bmm(left[prefix_of], right[suffix_of]).flatten(1)
 
     def _left_states(self, cores: Sequence[Tensor], prefixes: Tensor) -> Tensor:
