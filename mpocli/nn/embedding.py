@@ -15,7 +15,8 @@ from mpocli.nn.cores import MPOModule
 
 # Elements that an intermediate of the lookup may have: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22
-# Up to this many distinct digits a site is applied digit by digit, as matrix products.
+# A site with slices of at least this many elements, and not too many of them, is applied digit by digit.
+_LARGE_SLICE = 1 << 12
 _MAX_DIGITS = 64
 
 
@@ -89,12 +90,13 @@ class MPOEmbedding(MPOModule):
         size = max(1, _CHUNK_ELEMENTS // (bond * columns))
         tail = math.prod(self.sites.out_dims[self.central + 1 :])
         suffixes, suffix_of = torch.unique(ids % tail, return_inverse=True)
-        cores = self.cores  # as they are now: the recomputation must see the same ones
-        right = self._right_states(cores, suffixes)
+        # The cores as they are now: the recomputation must see the same ones.
+        slices = [_by_digit(core) for core in self.cores[: self.central + 1]]
+        right = self._right_states(self.cores, suffixes)
         chunks = []
         for start in range(0, ids.numel(), size):
             chunk = slice(start, start + size)
-            arguments = cores[: self.central + 1], ids[chunk] // tail, right, suffix_of[chunk]
+            arguments = slices, ids[chunk] // tail, right, suffix_of[chunk]
             # Recompute in the backward pass: the states before the last product are large and cheap.
             if torch.is_grad_enabled():
                 chunks.append(checkpoint(self._chunk, *arguments, use_reentrant=False))
@@ -102,9 +104,9 @@ class MPOEmbedding(MPOModule):
                 chunks.append(self._chunk(*arguments))
         return torch.cat(chunks)
 
-    def _chunk(self, cores: Sequence[Tensor], prefixes: Tensor, right: Tensor, suffix_of: Tensor) -> Tensor:
+    def _chunk(self, slices: Sequence[Slices], prefixes: Tensor, right: Tensor, suffix_of: Tensor) -> Tensor:
         distinct, prefix_of = torch.unique(prefixes, return_inverse=True)
-        left = self._left_states(cores, distinct)  # (P, in_0..in_c, χ)
+        left = self._left_states(slices, distinct)  # (P, in_0..in_c, χ)
         # Where all ids share one side (an SVD's does not depend on the id), it is one factor for all of them.
         if len(right) == 1:
             return (left[prefix_of].flatten(0, 1) @ right[0]).reshape(len(prefix_of), -1)
@@ -114,18 +116,18 @@ class MPOEmbedding(MPOModule):
             return product.reshape(len(prefix_of), -1, left.shape[1]).transpose(1, 2).flatten(1)
         return torch.bmm(left[prefix_of], right[suffix_of]).flatten(1)
 
-    def _left_states(self, cores: Sequence[Tensor], prefixes: Tensor) -> Tensor:
+    def _left_states(self, slices: Sequence[Slices], prefixes: Tensor) -> Tensor:
         """Products of the slices of sites 0..central for each prefix (P,): (P, in_0…in_c, χ_{c+1})."""
         levels = [prefixes]  # of every site, from the central one back to the first
         for out in reversed(self.sites.out_dims[1 : self.central + 1]):
             levels.append(torch.unique(levels[-1] // out))
         levels.reverse()
-        state = cores[0].new_ones(levels[0].numel(), 1, 1)
+        state = slices[0][0].new_ones(levels[0].numel(), 1, 1)
         for k, level in enumerate(levels):
             out = self.sites.out_dims[k]
             if k:
                 state = state[torch.searchsorted(levels[k - 1], level // out)]
-            state = _multiply(state, cores[k], level % out)
+            state = _multiply(state, slices[k], level % out, self.sites.in_dims[k])
         return state
 
     def _right_states(self, cores: Sequence[Tensor], suffixes: Tensor) -> Tensor:
@@ -136,23 +138,36 @@ class MPOEmbedding(MPOModule):
         for k in reversed(sites):
             out, in_ = self.sites.out_dims[k], self.sites.in_dims[k]
             # The same product from the other side: bonds swapped, the new column factor leads.
-            state = _multiply(state, cores[k].transpose(0, 3), rest % out)
+            state = _multiply(state, _by_digit(cores[k].transpose(0, 3)), rest % out, in_)
             state = state.reshape(len(rest), -1, in_, state.shape[2]).transpose(1, 2).flatten(1, 2)
             rest = rest // out
         return state.transpose(1, 2)
 
 
-def _multiply(state: Tensor, core: Tensor, digits: Tensor) -> Tensor:
-    """state (T, I, a) times the slice core[:, digit] (a, i, b) of each row's digit → (T, I·i, b)."""
-    count, columns, bond = state.shape
-    _, out, in_, next_bond = core.shape
+# A core's slices (a, i·b) for each of its digits: stacked, or a tuple of them.
+Slices = Tensor | tuple[Tensor, ...]
+
+
+def _by_digit(core: Tensor) -> Slices:
+    """(a, out, i, b) → `out` slices (a, i·b): stacked where they are small or many, else apart.
+
+    Apart, a large slice is multiplied where it stands, and its gradient is added to it alone. Cut once for all
+    chunks of a lookup, since every cut of a whole core copies it, on the way back too.
+    """
+    bond, out, in_, next_bond = core.shape
     slices = core.transpose(0, 1).reshape(out, bond, in_ * next_bond)
-    if count * bond * in_ * next_bond <= _CHUNK_ELEMENTS or out > _MAX_DIGITS:
+    return slices.unbind(0) if slices[0].numel() >= _LARGE_SLICE and out <= _MAX_DIGITS else slices
+
+
+def _multiply(state: Tensor, slices: Slices, digits: Tensor, in_: int) -> Tensor:
+    """state (T, I, a) times the slice (a, i·b) of each row's digit → (T, I·i, b)."""
+    count, columns, _ = state.shape
+    if isinstance(slices, Tensor):
         product = torch.bmm(state, slices[digits])
     else:
         # One matrix product per digit: gathering a slice for every row would copy the core many times over.
         order = torch.argsort(digits, stable=True)
-        groups = torch.split(state[order], torch.bincount(digits, minlength=out).tolist())
-        product = torch.cat([group @ slices[digit] for digit, group in enumerate(groups)])
+        groups = torch.split(state[order], torch.bincount(digits, minlength=len(slices)).tolist())
+        product = torch.cat([group @ piece for group, piece in zip(groups, slices, strict=True)])
         product = product[torch.argsort(order)]
-    return product.reshape(count, columns * in_, next_bond)
+    return product.reshape(count, columns * in_, -1)
