@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +43,10 @@ class Checkpoint:
         source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
         config_json = read_json(source.directory / "config.json")
         manifest = read_manifest(source.directory, config_json)
-        return cls(source, config_json, CheckpointReader(source.directory), manifest, trust_remote_code)
+        reader = CheckpointReader(source.directory)
+        if manifest is not None and _rewritten(manifest, reader):
+            manifest = manifest.without_measurements()
+        return cls(source, config_json, reader, manifest, trust_remote_code)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -58,12 +60,15 @@ class Checkpoint:
     def is_mpo(self) -> bool:
         return self.manifest is not None and bool(self.manifest.modules)
 
-    def totals(self, params: int | None = None, size: int | None = None) -> Totals:
-        """Of this checkpoint, or of one with other parameters and bytes made from it."""
+    def totals(self, params: int | None = None, size: int | None = None, dtype: str | None = None) -> Totals:
+        """Of this checkpoint, or of one made from it with other parameters, bytes or dtype."""
+        import torch
+
         found = self.survey
         params = found.params if params is None else params
         size = self.reader.nbytes if size is None else size
-        return Totals(params, found.dense_params, params / found.dense_params, size, found.dense_bytes)
+        dense_bytes = found.dense_params * getattr(torch, dtype).itemsize if dtype else found.dense_bytes
+        return Totals(params, found.dense_params, params / found.dense_params, size, dense_bytes)
 
     def base_model(self) -> dict[str, Any]:
         """What the chain of commands started from: the manifest's word, else this checkpoint itself."""
@@ -91,9 +96,23 @@ class Checkpoint:
         return (*(self.manifest.history if self.manifest else ()), entry)
 
 
-def write_surroundings(
-    work: Path, checkpoint: Checkpoint, manifest: Manifest, weight_files: Sequence[Path], *, dtype: str | None = None
-) -> None:
+def _rewritten(manifest: Manifest, reader: CheckpointReader) -> bool:
+    """Whether a weight file is not the one the manifest describes: a user's `save_pretrained` into the directory.
+
+    Hashes are computed only for files that changed after the manifest, which is written last.
+    """
+    claims = [(file, manifest.files[file.name]) for file in reader.files if file.name in manifest.files]
+    if not claims:
+        return bool(manifest.files)
+    written = (reader.directory / MANIFEST).stat().st_mtime
+    return any(
+        file.stat().st_size != claim["bytes"]
+        or (file.stat().st_mtime > written and file_sha256(file) != claim["sha256"])
+        for file, claim in claims
+    )
+
+
+def write_surroundings(work: Path, checkpoint: Checkpoint, manifest: Manifest, *, dtype: str | None = None) -> None:
     """Everything beside the weights: config, tokenizer and generation files, model card, and last the manifest."""
     source = checkpoint.source.directory
     for path in sorted(source.iterdir()):
@@ -104,7 +123,7 @@ def write_surroundings(
         if path.is_file():
             shutil.copyfile(path, work / path.name)
         elif path.is_dir() and _is_configuration(path):
-            shutil.copytree(path, work / path.name)
+            _copy_folder(path, work / path.name)
     config = {key: value for key, value in checkpoint.config_json.items() if key != "quantization_config"}
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -118,6 +137,16 @@ def write_surroundings(
         str(path.relative_to(work)): {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files
     }
     (work / MANIFEST).write_text(replace(manifest, files=digests).dumps(), encoding="utf-8")
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Files and folders without their modes: out of a read-only store comes a folder that can be deleted."""
+    for path in (source, *sorted(source.rglob("*"))):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(path, place)
 
 
 def _is_configuration(folder: Path) -> bool:
@@ -145,7 +174,8 @@ def model_card(manifest: Manifest, license_name: str | None = None) -> str:
     base = manifest.base_model.get("name", "unknown")
     totals = manifest.totals
     hub_id = manifest.base_model.get("revision") is not None
-    front = ["---", "library_name: transformers", "tags:", "- mpo", "- tensor-network", "- mpocli"]
+    front = ["---", "library_name: transformers"]
+    front += ["tags:", "- mpo", "- tensor-network", "- mpocli"] if manifest.modules else []
     front += [f"base_model: {base}"] if hub_id else []
     front += [f"license: {license_name}"] if license_name else []
     lines = [*front, "---", "", f"# {base}, as matrix product operators" if manifest.modules else f"# {base}", ""]

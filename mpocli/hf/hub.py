@@ -6,12 +6,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpocli.errors import InputError
+from mpocli.errors import InputError, UsageError
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a checkpoint needs: never pickles, never the other frameworks' copies of the weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
 _SUBFOLDERS = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
+# The same weights once more: as their authors' own code wants them, or in another precision.
+_VARIANTS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "8bit", "4bit", "non_ema")
+_COPIES = [
+    "consolidated*.safetensors",
+    *(f"*.{variant}{end}.safetensors" for variant in _VARIANTS for end in ("", "-*")),
+]
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,16 @@ def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool 
     """Find a local model directory, or download a hub model with progress bars.
 
     Raises `InputError` for a path that does not exist, a directory without `config.json`, and a hub model
-    that cannot be had (unknown, or no network).
+    that cannot be had (unknown, or no network) or has no safetensors weights; `UsageError` for a revision of
+    a local directory.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"--revision is for hub models, {model} is a local directory",
+                hint="leave --revision out, or name the hub model as organisation/name",
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"{model}: no config.json in this directory", hint="name a transformers model directory")
         return Source(path, path.resolve().name, None)
@@ -48,7 +61,9 @@ def _download(model: str, revision: str | None, trust_remote_code: bool) -> Sour
     patterns = [*_PATTERNS, "*.py"] if trust_remote_code else _PATTERNS
     try:
         directory = Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS)
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=[*_SUBFOLDERS, *_COPIES]
+            )
         )
     except LocalEntryNotFoundError as error:
         raise InputError(
@@ -63,5 +78,27 @@ def _download(model: str, revision: str | None, trust_remote_code: bool) -> Sour
         ) from error
     if not (directory / "config.json").is_file():
         raise InputError(f"{model}: the hub repository has no config.json", hint="it is not a transformers model")
+    if not any(directory.glob("*.safetensors")):
+        raise _without_safetensors(model, revision)
     # A snapshot's folder is named by its commit.
     return Source(directory, model, directory.name)
+
+
+def _without_safetensors(model: str, revision: str | None) -> InputError:
+    """What a hub repository has instead, and what to do about it."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(model, revision=revision)
+    except Exception:  # it would only have made the message better, whatever a network can raise
+        names = []
+    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin")
+    if pickles or not names:
+        found = f" but {pickles[0]}, a pickle, which can run code when it is opened" if pickles else ""
+        return InputError(
+            f"{model}: the hub repository has no safetensors weights{found}",
+            hint=f'convert it once, where you trust it: AutoModel.from_pretrained("{model}").save_pretrained(NEW_DIR)',
+        )
+    return InputError(
+        f"{model}: the hub repository has no safetensors weights", hint="name a repository that has model.safetensors"
+    )

@@ -72,8 +72,11 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         specs = specs_from_config({"schema_version": config.schema_version, "modules": config.modules})
-        _check_no_extra_cores(model, specs, checkpoint_files)
-        specs = install(model, specs, dtype)
+        stored = _stored_shapes(checkpoint_files)
+        _check_no_extra_cores(model, specs, stored)
+        # A dense weight of its own, which is more than a tombstone.
+        own = {key.removesuffix(f".{TOMBSTONE}") for key, shape in stored.items() if shape != [1]}
+        specs = install(model, specs, dtype, has_own=lambda name: bool(own & _spellings(model, name)))
         # A head that this class lacks must not be promised by what it saves.
         config.modules = {name: spec.to_dict() for name, spec in specs.items()}
         # Tombstones of tied heads need not be stored; the signpost is never loaded.
@@ -116,21 +119,31 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _check_no_extra_cores(model: PreTrainedModel, specs: dict[str, Any], files: Any) -> None:
+def _stored_shapes(files: Any) -> dict[str, list[int]]:
+    """Shape of every tensor in the safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as handle:
+                shapes |= {key: list(handle.get_slice(key).get_shape()) for key in handle.keys()}
+    return shapes
+
+
+def _check_no_extra_cores(model: PreTrainedModel, specs: dict[str, Any], stored: Iterable[str]) -> None:
     """A core that nobody asked for means files and config of different checkpoints; transformers only warns."""
     by_place = {local_name(model, name) or name: spec for name, spec in specs.items()}
+    for key in stored:
+        match = re.fullmatch(r"(.+)\.core_(\d+)", key)
+        names = _spellings(model, match[1]) if match else set()
+        spec = next((by_place[name] for name in names if name in by_place), None)
+        if match and spec is not None and int(match[2]) >= spec.sites.sites:
+            raise InputError(
+                f"core {key} is in the files, config.json has {spec.sites.sites} cores there",
+                hint="the weight files belong to another checkpoint",
+            )
+
+
+def _spellings(model: PreTrainedModel, name: str) -> set[str]:
+    """A module's name with and without the base model's prefix."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for file in files or ():
-        if not str(file).endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as handle:
-            found = [match for key in handle.keys() if (match := re.fullmatch(r"(.+)\.core_(\d+)", key))]
-        for match in found:
-            place, k = match[1], int(match[2])
-            names = (place, prefix + place, place.removeprefix(prefix))
-            spec = next((by_place[name] for name in names if name in by_place), None)
-            if spec is not None and k >= spec.sites.sites:
-                raise InputError(
-                    f"core {match[0]} is in the files, config.json has {spec.sites.sites} cores there",
-                    hint="the weight files belong to another checkpoint",
-                )
+    return {name, prefix + name, name.removeprefix(prefix)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,51 +31,80 @@ def local_name(model: PreTrainedModel, name: str) -> str | None:
 
 
 def install(
-    model: PreTrainedModel, specs: Mapping[str, MPOSpec], dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    specs: Mapping[str, MPOSpec],
+    dtype: torch.dtype | None = None,
+    *,
+    has_own: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, MPOSpec]:
     """Put an empty MPO module in the place of every dense one that `specs` names, and share the tied cores.
 
-    Modules that this model class lacks (a head, say) are passed over. Returns the specs of those that were put
-    in, under their names in this class. Raises `InputError` where the dense
-    module does not have the shape or kind that its spec says.
+    Modules that this model class lacks (a head, say) are passed over. A module whose weight this class ties to
+    one of them shares its cores, unless the files have a dense weight of its own for it (`has_own`). Returns the
+    specs of all that were put in, under their names in this class. Raises `InputError` where the dense module
+    does not have the shape or kind that its spec says.
     """
     names = {name: local_name(model, name) for name in specs}
-    for name, spec in specs.items():
-        place = names[name]
-        if place is not None:
-            model.set_submodule(place, _build(name, spec, model.get_submodule(place), dtype))
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    replaced = {place for place in names.values() if place is not None}
-
-    # What is tied through its dense weight is now tied through its cores, or no longer tied.
-    def is_replaced(a: str, b: str) -> bool:
-        modules = {a.rpartition(".")[0], b.rpartition(".")[0]}
-        return a.endswith(f".{TOMBSTONE}") and bool(modules & replaced)
-
-    kept = {a: b for a, b in tied.items() if not is_replaced(a, b)}
+    local: dict[str, MPOSpec] = {}
     for name, spec in specs.items():
         place, owner = names[name], names.get(spec.tied_to or "")
-        if place is None or spec.tied_to is None:
+        if place is None:
             continue
-        if owner is None:
-            # Only the follower is in this class: it owns the cores here.
+        if spec.tied_to is not None and owner is None:
             raise InputError(
                 f"module {name} shares the cores of {spec.tied_to}, which a {type(model).__name__} does not have",
                 hint="load the class that config.json's `architectures` names",
             )
+        local[place] = replace(spec, tied_to=owner)
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    local |= _tied_partners(model, local, tied, has_own)
+    for place, spec in local.items():
+        model.set_submodule(place, _build(place, spec, model.get_submodule(place), dtype))
+    # What was tied through its dense weight is now tied through its cores, or no longer tied.
+    kept = {a: b for a, b in tied.items() if not ({_module(a), _module(b)} & local.keys() and _is_weight(a))}
+    for place, spec in local.items():
+        if spec.tied_to is None:
+            continue
         follower = cast(MPOModule, model.get_submodule(place))
-        source = cast(MPOModule, model.get_submodule(owner))
-        follower.tied_to = owner
+        source = cast(MPOModule, model.get_submodule(spec.tied_to))
+        follower.tied_to = spec.tied_to
         for core in spec.core_shapes():
             setattr(follower, core, source.get_parameter(core))
-            kept[f"{place}.{core}"] = f"{owner}.{core}"
+            kept[f"{place}.{core}"] = f"{spec.tied_to}.{core}"
     model.all_tied_weights_keys = kept
     model._adjust_bias = _adjust_bias
-    return {
-        place: replace(spec, tied_to=names[spec.tied_to] if spec.tied_to else None)
-        for name, spec in specs.items()
-        if (place := names[name]) is not None
-    }
+    return local
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _is_weight(parameter: str) -> bool:
+    return parameter.endswith(f".{TOMBSTONE}")
+
+
+def _tied_partners(
+    model: PreTrainedModel, specs: Mapping[str, MPOSpec], tied: Mapping[str, str], has_own: Callable[[str], bool]
+) -> dict[str, MPOSpec]:
+    """Specs of the dense modules that this class ties to one in `specs`, without a spec of their own.
+
+    An encoder that was decomposed on its own has none for the head that another class ties to its table.
+    """
+    partners: dict[str, MPOSpec] = {}
+    for a, b in tied.items():
+        if not (_is_weight(a) and _is_weight(b)):
+            continue
+        for place, other in ((_module(a), _module(b)), (_module(b), _module(a))):
+            found = dense_shape(model.get_submodule(place))
+            spec = specs.get(other) or partners.get(other)
+            if place in specs or place in partners or spec is None or found is None or has_own(place):
+                continue
+            kind, shape = found
+            if shape == spec.shape:
+                scale = embedding_scale(model.get_submodule(place))
+                partners[place] = replace(spec, kind=kind, tied_to=spec.tied_to or other, scale=scale)
+    return partners
 
 
 def _adjust_bias(output_embeddings: nn.Module, input_embeddings: Any) -> None:
@@ -105,6 +134,8 @@ def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None
             spec.bond_dims,
             padding_idx=dense.padding_idx,
             scale=spec.scale,
+            # Kept in a buffer (Gemma), it is rounded to the table's dtype; as a plain number (BART) it is not.
+            rounds_scale=isinstance(getattr(dense, "embed_scale", None), Tensor),
             dtype=dtype,
             device=weight.device,
         )
@@ -134,35 +165,52 @@ def dense_shape(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
     return None
 
 
+def embedding_scale(module: nn.Module | None) -> float:
+    """The factor by which a scaled embedding (BART's, Gemma's) multiplies its rows, 1 for any other module."""
+    if not isinstance(module, nn.Embedding):
+        return 1.0
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+
 @torch.no_grad()
 def remove(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Contract every MPO module of a loaded model back to the dense one it replaced, ties included."""
-    from transformers.pytorch_utils import Conv1D
-
-    modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MPOModule)]
-    for name, module in modules:
-        weight = nn.Parameter(cast(Any, module).dense_weight().to(dtype or module.cores[0].dtype))
-        if isinstance(module, MPOEmbedding):
-            if module.scale != 1.0:
-                # Its scale may live in a buffer, so that this one is built with real memory.
-                dense: nn.Module = cast(Any, module.dense_class)(
-                    *module.shape, module.padding_idx, embed_scale=module.scale
-                )
-            else:
-                with torch.device("meta"):
-                    dense = nn.Embedding(*module.shape, module.padding_idx)
-        else:
-            assert isinstance(module, MPOLinear)
-            with torch.device("meta"):
-                if module.kind == "conv1d":
-                    dense = Conv1D(module.out_features, module.in_features)
-                else:
-                    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-            if module.bias is not None:
-                dense.bias = module.bias
-        dense.weight = weight
+    """Contract every MPO module of a loaded model back to the dense one it replaced, and tie what was tied."""
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MPOModule)}
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    live = {a: b for a, b in model.all_tied_weights_keys.items() if _module(a) not in modules}
+    for a, b in declared.items():
+        pair = modules.get(_module(a)), modules.get(_module(b))
+        if _is_weight(a) and pair[0] and pair[1] and pair[0].cores[0] is pair[1].cores[0]:
+            live[a] = b
+    for name, module in modules.items():
+        dense = _dense(module)
+        dense.weight = nn.Parameter(cast(Any, module).dense_weight().to(dtype or module.cores[0].dtype))
         dense.train(module.training)
         model.set_submodule(name, dense)
     del model._adjust_bias  # back to the class's own
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.tie_weights()
+    model.all_tied_weights_keys = live
+    model.tie_weights(recompute_mapping=False)
+
+
+def _dense(module: MPOModule) -> nn.Module:
+    """The module that `module` replaced, its weight still to be set."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, MPOEmbedding):
+        if module.dense_class not in (None, nn.Embedding):
+            # Its scale may live in a buffer, so that this one is built with real memory.
+            scaled = cast(Any, module.dense_class)
+            return cast(nn.Module, scaled(*module.shape, module.padding_idx, embed_scale=module.scale))
+        with torch.device("meta"):
+            return nn.Embedding(*module.shape, module.padding_idx)
+    assert isinstance(module, MPOLinear)
+    with torch.device("meta"):
+        dense: nn.Module
+        if module.kind == "conv1d":
+            dense = Conv1D(module.out_features, module.in_features)
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    if module.bias is not None:
+        dense.bias = module.bias
+    return dense

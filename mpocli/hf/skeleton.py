@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,22 @@ _AUTO_CLASSES = {
 }
 
 
-def file_keys(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, str]:
-    """Parameter name → key in the files, for every tensor that is only renamed on loading.
+@dataclass(frozen=True)
+class FileKeys:
+    """Where a model's tensors stand in the files.
 
-    transformers' own rules do the renaming (base-model prefixes, old names), so that both agree. Tensors that
-    loading would convert (fused experts, say) are left out.
+    `stored`: parameter or buffer name → key, for every tensor that is only renamed on loading. `converted`:
+    parameter name → the keys that loading makes it of (fused experts, say).
+    """
+
+    stored: dict[str, str]
+    converted: dict[str, tuple[str, ...]]
+
+
+def file_keys(model: PreTrainedModel, reader: CheckpointReader) -> FileKeys:
+    """Match the keys of the files with the model's tensors.
+
+    transformers' own rules do the renaming (base-model prefixes, old names), so that both agree.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -93,9 +105,14 @@ def file_keys(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, str
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     # tied names are absent from some state dicts' files but valid targets
     state = model.state_dict()
-    keys: dict[str, str] = {}
+    stored: dict[str, str] = {}
+    converted: dict[str, tuple[str, ...]] = {}
     for key in reader:
         renamed, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if converter is None and renamed in state:
-            keys[renamed] = key
-    return keys
+        if renamed not in state:
+            continue
+        if converter is None:
+            stored[renamed] = key
+        else:
+            converted[renamed] = (*converted.get(renamed, ()), key)
+    return FileKeys(stored, converted)

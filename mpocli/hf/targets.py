@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpocli.errors import InputError
+from mpocli.hf.replace import embedding_scale
 from mpocli.hf.roles import ROLES, role_of
-from mpocli.hf.skeleton import build_skeleton, file_keys
+from mpocli.hf.skeleton import FileKeys, build_skeleton, file_keys
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,6 +70,10 @@ class Weight:
     def dense_params(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """O×I from what its layer stores, or back: GPT-2's `Conv1D` holds the transpose."""
+        return matrix.T if self.kind == "conv1d" else matrix
+
     @property
     def core_prefix(self) -> str:
         """Of its cores' names in the files."""
@@ -79,11 +86,14 @@ class Survey:
     """All weight matrices of a checkpoint, and the size of the whole dense model.
 
     `dense_params` counts every parameter once, tied ones too; `dense_bytes` the same in the stored dtypes.
+    `other_keys` are the tensors in the files that are no parameters of the model: buffers, and what the class
+    ignores.
     """
 
     weights: tuple[Weight, ...]
     dense_params: int
     dense_bytes: int
+    other_keys: frozenset[str] = frozenset()
 
     @property
     def params(self) -> int:
@@ -108,9 +118,11 @@ def survey(
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     keys = file_keys(model, reader)
     entries = _entries(manifest, model)
-    groups = _tied_groups(model, keys, reader)
+    apart = _stored_apart(model, keys.stored, reader, entries)
+    groups = _tied_groups(model, apart)
     modules = dict(model.named_modules(remove_duplicate=False))
     token_tables = _token_tables(model)
+    readers = _direct_readers(model, token_tables)
 
     weights = []
     for parameters in groups:
@@ -118,54 +130,113 @@ def survey(
         for parameter in parameters:
             name, _, leaf = parameter.rpartition(".")
             kind, why_not = _kind(modules[name], leaf)
-            obstacle = obstacle or why_not
-            members.append(Member(name, kind, _scale(modules[name])))
+            if why_not == FUSED:
+                name = parameter  # one module holds several
+            obstacle = obstacle or why_not or (readers.get(name, "") if kind else "")
+            members.append(Member(name, kind, embedding_scale(modules.get(name))))
             # a token table is one wherever it is tied to
             role = role_of(name, is_embedding=name in token_tables)
             roles |= {role} if role else set()
         if not members[0].kind and not obstacle:
             continue
         shape = tuple(model.get_parameter(parameters[0]).shape)
-        if obstacle.startswith("fused"):
+        if obstacle == FUSED:
             shape = (shape[0] * shape[1], shape[2])
         elif members[0].kind == "conv1d":
             shape = shape[::-1]
-        present = [keys[parameter] for parameter in parameters if parameter in keys]
+        present = [keys.stored[parameter] for parameter in parameters if parameter in keys.stored]
         key = present[0] if present else None
-        names = [keys.get(parameter, parameter) for parameter in parameters]
+        names = [keys.stored.get(parameter, parameter) for parameter in parameters]
         followers = tuple(name for name in names if name != key)
         entry = next((entries[m.name] for m in members if m.name in entries and not entries[m.name].spec.tied_to), None)
-        dtype = reader.specs[key].dtype if key else torch.float32
+        dtype = _stored_dtype(parameters[0], keys, reader) if key is None else reader.specs[key].dtype
         weight = Weight(tuple(members), frozenset(roles), (shape[0], shape[1]), key, dtype, obstacle, entry, followers)
         weights.append(_checked(weight, reader))
-    return Survey(tuple(weights), *_dense_size(model, keys, groups, reader, entries))
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
+    known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
+    cores = {
+        f"{weight.core_prefix}.{core}" for weight in weights if weight.entry for core in weight.entry.spec.core_shapes()
+    }
+    ignored = {key for key in reader if key not in known and key not in cores}
+    return Survey(
+        tuple(weights),
+        *_dense_size(model, keys, groups, apart, reader),
+        other_keys=frozenset((buffers | ignored) - cores - {weight.key for weight in weights if weight.entry}),
+    )
+
+
+FUSED = "fused expert weights (one 3-way tensor) are not decomposed"
 
 
 def _kind(module: nn.Module, leaf: str) -> tuple[str, str]:
     """(kind, obstacle) of the module that owns a parameter; neither for parameters that are no matrix of ours."""
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
     from transformers.pytorch_utils import Conv1D
 
+    name = type(module).__name__
+    own_forward = f"its class {name} has a forward pass of its own"
     if leaf == "weight":
         if isinstance(module, Conv1D):
             return "conv1d", ""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "linear", "torch's attention reads its weight directly"
         if isinstance(module, nn.Linear):
-            plain = type(module).forward is nn.Linear.forward
-            return "linear", "" if plain else f"its class {type(module).__name__} has a forward pass of its own"
+            plain = type(module).forward is nn.Linear.forward or name in _PLAIN_LINEARS
+            return "linear", "" if plain else own_forward
         if isinstance(module, nn.Embedding):
-            plain = type(module).forward is nn.Embedding.forward or _scale(module) != 1.0
-            return "embedding", "" if plain else f"its class {type(module).__name__} has a forward pass of its own"
+            plain = type(module).forward is nn.Embedding.forward or _is_scaled(module)
+            return "embedding", "" if plain else own_forward
     parameter = getattr(module, leaf)
-    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
-        return "", "fused expert weights (one 3-way tensor) are not decomposed"
+    if isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2:
+        return "", "torch's attention reads its weight directly"
+    if parameter.dim() == 3 and "expert" in name.lower():
+        return "", FUSED
     return "", ""
 
 
-def _scale(module: nn.Module) -> float:
-    """The factor by which a scaled embedding (BART's, Gemma's) multiplies its rows."""
-    if not isinstance(module, nn.Embedding):
-        return 1.0
-    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
-    return float(scale) if isinstance(scale, (int, float)) else 1.0
+# A forward pass of their own that computes x Wᵀ + b all the same.
+_PLAIN_LINEARS = {"FalconLinear"}
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    """BART's and Gemma's embeddings, which multiply their rows by a number (that may be 1)."""
+    return hasattr(module, "embed_scale") or hasattr(module, "scalar_embed_scale")
+
+
+def _direct_readers(model: PreTrainedModel, token_tables: set[str]) -> dict[str, str]:
+    """Modules whose `.weight` some forward pass reads as a matrix, past the module's own: name → obstacle.
+
+    Told from the source (MobileBERT's and DeBERTa's masked-LM heads do this). Reading its dtype or device is
+    no obstacle, since the tombstone has both.
+    """
+    sources = {cls: _forward_source(cls) for cls in {type(module) for module in model.modules()}}
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(module, "weight", None), Tensor) and _kind(module, "weight")[0]:
+            parent, _, leaf = name.rpartition(".")
+            owner = type(model.get_submodule(parent))
+            suspects = sources if name in token_tables else {owner: sources[owner]}
+            prefix = r"\b" if name in token_tables else r"\bself\."
+            reading = rf"{prefix}{re.escape(leaf)}\.weight\b(?!\.(dtype|device))"
+            pattern = r"(?<!isinstance\()(?<!isinstance\(self\.)" + reading
+            for cls, source in suspects.items():
+                if re.search(pattern, source):
+                    found[name] = f"{cls.__name__} reads its weight directly"
+    return found
+
+
+def _forward_source(cls: Any) -> str:
+    try:
+        return inspect.getsource(cls.forward) if cls.__module__.startswith("transformers") else ""
+    except (OSError, TypeError):
+        return ""
+
+
+def _stored_dtype(parameter: str, keys: FileKeys, reader: CheckpointReader) -> torch.dtype:
+    """Of the files' tensor behind a parameter, of one that it is converted from, or float32 for a new one."""
+    sources = (keys.stored[parameter],) if parameter in keys.stored else keys.converted.get(parameter, ())
+    return reader.specs[sources[0]].dtype if sources else torch.float32
 
 
 def _token_tables(model: PreTrainedModel) -> set[str]:
@@ -185,16 +256,30 @@ def _token_tables(model: PreTrainedModel) -> set[str]:
     return tables
 
 
-def _tied_groups(model: PreTrainedModel, keys: dict[str, str], reader: CheckpointReader) -> list[list[str]]:
+def _stored_apart(
+    model: PreTrainedModel, stored: dict[str, str], reader: CheckpointReader, entries: Mapping[str, ModuleEntry]
+) -> set[str]:
+    """Parameters that the class declares tied and the files hold different: transformers keeps them apart."""
+    owner_of: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+    def differ(name: str, owner: str) -> bool:
+        a, b = (entries.get(parameter.removesuffix(".weight")) for parameter in (name, owner))
+        if a is None and b is None:
+            return not _same(reader, stored[name], stored[owner])
+        # Of a decomposed one the files hold a tombstone, and the manifest knows whose cores it has.
+        return a is None or b is None or not (a.spec.tied_to or b.spec.tied_to)
+
+    return {name for name, owner in owner_of.items() if name in stored and owner in stored and differ(name, owner)}
+
+
+def _tied_groups(model: PreTrainedModel, apart: set[str]) -> list[list[str]]:
     """Matrix-like parameters, those that share one tensor together, the owner first."""
     owner_of: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     first_by_id: dict[int, str] = {}
     groups: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = owner_of.get(name, name)
-        if owner != name and name in keys and owner in keys and not _same(reader, keys[name], keys[owner]):
-            owner = name  # declared tied, stored different: transformers keeps them apart, and so do we
-        owner = first_by_id.setdefault(id(parameter), owner)
+        # The skeleton has tied them already, whatever the files say.
+        owner = name if name in apart else first_by_id.setdefault(id(parameter), owner_of.get(name, name))
         if parameter.dim() in (2, 3):
             groups.setdefault(owner, []).append(name)
     return [
@@ -269,24 +354,20 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _dense_size(
-    model: PreTrainedModel,
-    keys: dict[str, str],
-    groups: list[list[str]],
-    reader: CheckpointReader,
-    entries: dict[str, ModuleEntry],
+    model: PreTrainedModel, keys: FileKeys, groups: list[list[str]], apart: set[str], reader: CheckpointReader
 ) -> tuple[int, int]:
     """(parameters, bytes in the stored dtypes) of the dense model, every tensor once."""
     followers = {name for group in groups for name in group[1:]}
     owner_of = dict(getattr(model, "all_tied_weights_keys", None) or {})
     params = size = 0
-    for name, parameter in model.named_parameters():
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         one_way = parameter.dim() == 1 and name in owner_of
-        if name in followers or one_way:
+        if name not in apart and (name in followers or one_way or id(parameter) in seen):
             continue
-        key = keys.get(name)
-        stored = reader.specs[key].dtype if key else torch.float32
+        seen.add(id(parameter))
         params += parameter.numel()
-        size += parameter.numel() * stored.itemsize
+        size += parameter.numel() * _stored_dtype(name, keys, reader).itemsize
     return params, size
 
 

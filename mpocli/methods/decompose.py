@@ -66,7 +66,7 @@ def run(
                 totals=totals,
                 history=checkpoint.history("decompose", config.recorded(), config.seed),
             )
-            write_surroundings(work, checkpoint, manifest, files, dtype=config.dtype)
+            write_surroundings(work, checkpoint, manifest, dtype=config.dtype)
     return DecomposeReport(
         out=None if dry_run else str(out),
         seconds=time.perf_counter() - started,

@@ -17,7 +17,7 @@ from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
 from mpocli.mpo import MPO, SiteShape, decompose, stored_error, symmetric_gauge
-from mpocli.mpo.linalg import cast
+from mpocli.mpo.linalg import cast, dtype_name
 
 Progress = Callable[[int, int, str], None]
 
@@ -98,11 +98,14 @@ class Decomposer:
         return getattr(torch, wanted) if wanted and stored.is_floating_point else stored
 
     def _converted(self, key: str) -> Tensor:
+        """A tensor that is not decomposed. Buffers go through byte for byte: a mask may well hold infinities."""
         spec = self.checkpoint.reader.specs[key]
-        dtype = self._dtype(spec.dtype)
+        is_parameter = key not in self.checkpoint.survey.other_keys
+        dtype = self._dtype(spec.dtype) if is_parameter else spec.dtype
         if not self.needs_data:
             return torch.empty(spec.shape, dtype=dtype, device="meta")
-        return cast(self.checkpoint.reader.read(key), dtype, key)
+        tensor = self.checkpoint.reader.read(key)
+        return cast(tensor, dtype, key) if is_parameter else tensor
 
     def _decomposed(self, plan: WeightPlan) -> list[Tensor] | None:
         """The cores to store of one weight, None where it turns out larger than it was."""
@@ -112,10 +115,9 @@ class Decomposer:
         bonds = sites.capped_bond_dims(self.config.cap(weight.role))
         if not self.needs_data:
             spec = _spec(weight, sites, bonds)
-            self.done[weight.name] = ModuleEntry(weight.name, weight.role, spec, _name(dtype))
+            self.done[weight.name] = ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype))
             return [torch.empty(shape, dtype=dtype, device="meta") for shape in spec.core_shapes().values()]
-        matrix = self.checkpoint.reader.read(weight.key).to(self.device)
-        matrix = matrix.T if weight.kind == "conv1d" else matrix
+        matrix = weight.oriented(self.checkpoint.reader.read(weight.key).to(self.device))
         mpo, error = decompose(matrix, sites, plan.truncation, name=weight.key)
         if self.config.keeps_larger and (reason := why_larger(mpo.num_params, weight)):
             self.kept_reason[weight.name] = reason
@@ -131,7 +133,7 @@ class Decomposer:
             name=weight.name,
             role=weight.role,
             spec=_spec(weight, sites, mpo.bond_dims),
-            dtype=_name(dtype),
+            dtype=dtype_name(dtype),
             relative_error=difference / norm if norm else 0.0,
             discarded_weight=error.discarded_weight,
             center=center,
@@ -161,11 +163,7 @@ class Decomposer:
         entries = tuple(self.entries())
         found = self.checkpoint.survey
         saved = sum(entry.spec.dense_params - entry.spec.params for entry in entries)
-        totals = self.checkpoint.totals(found.dense_params - saved, size)
-        if self.config.dtype:
-            itemsize = getattr(torch, self.config.dtype).itemsize
-            totals = replace(totals, dense_bytes=found.dense_params * itemsize)
-        return totals, entries
+        return self.checkpoint.totals(found.dense_params - saved, size, self.config.dtype), entries
 
     def reports(self) -> tuple[ModuleReport, ...]:
         return tuple(self._report(plan) for plan in self.plans)
@@ -203,7 +201,3 @@ def _spec(weight: Weight, sites: SiteShape, bonds: tuple[int, ...]) -> MPOSpec:
         bond_dims=bonds,
         scale=weight.members[0].scale,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

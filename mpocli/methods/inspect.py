@@ -54,6 +54,7 @@ class InspectReport:
     seconds: float
     problems: tuple[str, ...] | None = None
     checks: int = 0
+    has_manifest: bool = True
 
 
 def run(
@@ -102,6 +103,7 @@ def run(
         seconds=time.perf_counter() - started,
         problems=problems,
         checks=checks,
+        has_manifest=(checkpoint.source.directory / MANIFEST).is_file(),
     )
 
 
@@ -149,8 +151,7 @@ def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sit
         mpo = read_mpo(checkpoint.reader, weight)
     else:
         assert weight.key is not None
-        matrix = checkpoint.reader.read(weight.key)
-        matrix = matrix.T if weight.kind == "conv1d" else matrix
+        matrix = weight.oriented(checkpoint.reader.read(weight.key))
         mpo = MPO.from_matrix(matrix, site_shape(*weight.shape, sites), name=weight.key)
     spectra = bond_spectra(mpo)
     return replace(
@@ -167,7 +168,10 @@ def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None)
     """Problems found, and how many things were checked. Shapes were checked on opening."""
     manifest, directory = checkpoint.manifest, checkpoint.source.directory
     if manifest is None:
-        raise InputError(f"{checkpoint.source.name}: is not an MPO checkpoint, there is nothing to verify")
+        raise InputError(
+            f"{checkpoint.source.name}: is not an MPO checkpoint, there is nothing to verify",
+            hint="--verify checks what mpocli wrote",
+        )
     problems, checks = [], 0
     for name, claim in manifest.files.items():
         checks += 1
@@ -188,9 +192,11 @@ def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None)
     origin = Checkpoint.open(base, trust_remote_code=checkpoint.trust_remote_code) if base else None
     if origin is not None:
         checks += 1
-        claimed = manifest.base_model.get("weights_sha256")
-        if claimed and claimed != origin.reader.sha256:
-            problems.append(f"base model: {base} has other weights than the ones recorded ({claimed[:12]}…)")
+        # What any command of the chain started from may serve: errors refer to the input of the one that made them.
+        recorded = [manifest.base_model.get("weights_sha256"), *(step.get("input_sha256") for step in manifest.history)]
+        claimed = [str(digest) for digest in recorded if digest]
+        if claimed and origin.reader.sha256 not in claimed:
+            problems.append(f"base model: {base} has other weights than the ones recorded ({claimed[0][:12]}…)")
     originals = {weight.name: weight for weight in origin.survey.weights} if origin else {}
     mpos = [weight for weight in checkpoint.survey.weights if weight.entry is not None]
     for count, weight in enumerate(mpos, 1):
@@ -206,12 +212,13 @@ def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None)
             if original is None or original.key is None or original.entry is not None:
                 problems.append(f"{weight.name}: {base} has no such dense weight")
             else:
-                matrix = origin.reader.read(original.key)
-                difference, norm = stored_error(matrix.T if weight.kind == "conv1d" else matrix, mpo)
+                matrix = weight.oriented(origin.reader.read(original.key))
+                difference, norm = stored_error(matrix, mpo)
                 error = difference / norm if norm else 0.0
                 if abs(error - weight.entry.relative_error) > 1e-6 * max(1.0, error):
                     problems.append(
-                        f"{weight.name}: relative error {error:.6g}, {MANIFEST} says {weight.entry.relative_error:.6g}"
+                        f"{weight.name}: relative error {error:.6g} against {base}, {MANIFEST} says "
+                        f"{weight.entry.relative_error:.6g}"
                     )
         if progress:
             progress(count, len(mpos), weight.name)

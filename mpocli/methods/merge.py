@@ -37,6 +37,7 @@ def run(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> MergeReport:
@@ -45,9 +46,11 @@ def run(
     Raises `InputError` for a checkpoint that has no MPOs or cannot be read.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(model, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     if not checkpoint.is_mpo:
-        raise InputError(f"{model}: has no MPOs to merge", hint="it is an ordinary checkpoint already")
+        raise InputError(
+            f"{model}: has no MPOs to merge", hint="it is an ordinary checkpoint already: load it as it is"
+        )
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     reader = checkpoint.reader
     mpos = {weight.key: weight for weight in checkpoint.survey.weights if weight.entry is not None}
@@ -68,16 +71,19 @@ def run(
                     progress(done, len(mpos), mpos[key].name)
             else:
                 tensor = reader.read(key)
+                if key in checkpoint.survey.other_keys:
+                    writer.add(key, tensor)
+                    continue
             writer.add(key, cast(tensor, getattr(torch, dtype) if dtype else tensor.dtype, key))
         files = writer.finish()
         size = sum(file.stat().st_size for file in files)
-        totals = checkpoint.totals(checkpoint.survey.dense_params, size)
+        totals = checkpoint.totals(checkpoint.survey.dense_params, size, dtype)
         manifest = Manifest(
             base_model=checkpoint.base_model(),
             totals=totals,
             history=checkpoint.history("merge", {"dtype": dtype}, 0),
         )
-        write_surroundings(work, checkpoint, manifest, files, dtype=dtype)
+        write_surroundings(work, checkpoint, manifest, dtype=dtype)
     return MergeReport(str(out), time.perf_counter() - started, len(mpos), checkpoint.totals(), totals)
 
 
@@ -97,4 +103,4 @@ def dense_tensor(reader: CheckpointReader, weight: Weight) -> torch.Tensor:
     """The dense weight of a decomposed module, in the orientation and dtype that its layer stores."""
     mpo = read_mpo(reader, weight)
     matrix = mpo.to(dtype=torch.float64).to_matrix().to(mpo.cores[0].dtype)
-    return matrix.T.contiguous() if weight.kind == "conv1d" else matrix.contiguous()
+    return weight.oriented(matrix).contiguous()

@@ -19,6 +19,11 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """`InputError` naming the tensor and how many of its elements are NaN or infinite."""
     if tensor.dtype.itemsize == 1:
@@ -48,7 +53,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not bool(torch.isfinite(narrow).all()):
         raise NumericsError(
             f"{name}: its largest element, {float(tensor.abs().max()):.3g}, does not fit in "
-            f"{str(dtype).removeprefix('torch.')}",
+            f"{dtype_name(dtype)}",
             hint="store it wider, as --dtype bfloat16",
         )
     return narrow

@@ -26,7 +26,7 @@ class MPOEmbedding(MPOModule):
     A token id is a number in the mixed radix `out_dims`, and its row is the product of one slice per core.
     Distinct ids are looked up once, sorted, so that ids with a common prefix share the product of their
     leading slices. `padding_idx` gets no gradient, as in `nn.Embedding`; `scale` multiplies the rows
-    (BART's and Gemma's scaled embeddings).
+    (BART's and Gemma's scaled embeddings), rounded to the rows' dtype first if `rounds_scale`.
 
     >>> table = torch.arange(12.0).reshape(6, 2)
     >>> rows = MPOEmbedding.from_mpo(MPO.from_matrix(table, SiteShape((2, 3), (2, 1))))
@@ -42,6 +42,7 @@ class MPOEmbedding(MPOModule):
         *,
         padding_idx: int | None = None,
         scale: float = 1.0,
+        rounds_scale: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -49,6 +50,7 @@ class MPOEmbedding(MPOModule):
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx = padding_idx
         self.scale = scale
+        self.rounds_scale = rounds_scale
 
     @classmethod
     def from_mpo(
@@ -72,7 +74,7 @@ class MPOEmbedding(MPOModule):
         if self.padding_idx is not None and rows.requires_grad:
             rows = torch.where((distinct == self.padding_idx)[:, None], rows.detach(), rows)
         if self.scale != 1.0:
-            rows = rows * self.scale
+            rows = rows * (torch.tensor(self.scale, dtype=rows.dtype) if self.rounds_scale else self.scale)
         return rows[position.reshape(-1)].reshape(*ids.shape, self.embedding_dim)
 
     def dense_weight(self) -> Tensor:
