@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from mpocli import __version__
+from mpocli.cli import streams
 from mpocli.cli.commands import decompose, demo, inspect, merge
 from mpocli.errors import MpoError
 
@@ -51,15 +51,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise KeyboardInterrupt
     except MpoError as error:
         code = _say(error.message, error.hint, error.exit_code)
+    except SystemExit as stop:  # typer and older versions of rich make one of a broken pipe
+        code = _reader_left() if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BrokenPipeError:
-        # `mpocli … | head`: the reader left, and Python's own flush at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _reader_left()
     except (KeyboardInterrupt, typer.Abort):
         code = _say("interrupted; nothing half-written was left", "", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's own
             code = _usage(error)
+        elif isinstance(error, OSError) and streams.has_no_room(error):
+            streams.silence(sys.stdout)
+            problem = f"standard output cannot be written ({error.strerror})"
+            code = _say(problem, "free some space, or send the output elsewhere", 3)
         else:
             traceback.print_exc()
             code = _say(f"this is a bug in mpocli: {type(error).__name__}", "please report it with the lines above", 1)
@@ -77,8 +81,19 @@ def _usage(error: Any) -> int:
     return _say(message.replace("\n", " "), f"see {where} --help", int(error.exit_code))
 
 
+def _reader_left() -> int:
+    """`mpocli … | head` is no error, and Python's own flush at exit must not complain either."""
+    for stream in (sys.stdout, sys.stderr):
+        if streams.stuck(stream):
+            streams.silence(stream)
+    return 0
+
+
 def _say(message: str, hint: str, code: int) -> int:
-    typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True)
-    if hint:
-        typer.echo(typer.style("  try: ", fg="cyan") + hint, err=True)
+    try:
+        typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True)
+        if hint:
+            typer.echo(typer.style("  try: ", fg="cyan") + hint, err=True)
+    except OSError:  # nobody can be told; the exit code still says it
+        streams.silence(sys.stderr)
     return code

@@ -15,10 +15,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mpocli.cli import streams
+
 # Where no terminal says how wide it is (a pipe, a log), tables are never squeezed.
 _PIPE_WIDTH = 160
-out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`mpocli … | head`: go on without the reader, so that the exit code is the command's own.
+
+        rich would leave the process here, and `inspect --verify` without the verdict.
+        """
+        streams.silence(self.file)
+
+
+out = _Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
 
@@ -26,7 +39,11 @@ ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
 def print_json(command: str, report: Any, **extra: Any) -> None:
     """One object, `schema` first, never NaN."""
     data = {"schema": f"mpocli.{command}/1", **asdict(report), **extra}
-    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+    try:
+        sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left
+        streams.silence(sys.stdout)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpocli.errors import InputError, UsageError
+from mpocli.io.checkpoint import PICKLE_HINT
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a checkpoint needs: never pickles, never the other frameworks' copies of the weights.
@@ -97,7 +98,7 @@ def _without_safetensors(model: str, revision: str | None) -> InputError:
         found = f" but {pickles[0]}, a pickle, which can run code when it is opened" if pickles else ""
         return InputError(
             f"{model}: the hub repository has no safetensors weights{found}",
-            hint=f'convert it once, where you trust it: AutoModel.from_pretrained("{model}").save_pretrained(NEW_DIR)',
+            hint=PICKLE_HINT.format(model=model),
         )
     return InputError(
         f"{model}: the hub repository has no safetensors weights", hint="name a repository that has model.safetensors"

@@ -18,6 +18,11 @@ from mpocli.errors import InputError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# The class matters: AutoModel would drop the head.
+PICKLE_HINT = (
+    "convert it once, where you trust it, with the class that config.json's `architectures` names: "
+    'transformers.CLASS.from_pretrained("{model}").save_pretrained("NEW_DIR")'
+)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "model.pth")
 
 DTYPES = {
@@ -27,10 +32,15 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -169,6 +179,6 @@ def _weight_files(directory: Path) -> list[Path]:
     if pickles:
         raise InputError(
             f"{directory}: only a pickle checkpoint ({pickles[0]}), which can run code when it is opened",
-            hint="convert it once, where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+            hint=PICKLE_HINT.format(model="DIR"),
         )
     raise InputError(f"{directory}: no {WEIGHTS} and no {WEIGHTS_INDEX}", hint="name a transformers model directory")

@@ -88,11 +88,18 @@ class MPOSpec:
             raise InputError(f"module {name}: {error.message}", hint=_RESTORE) from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"module {name}: its MPO entry is malformed ({error!r})", hint=_RESTORE) from error
+        if len(shape) != 2:
+            raise InputError(f"module {name}: {len(shape)} numbers for a shape, a matrix has 2", hint=_RESTORE)
         sites.check_fits(spec.shape, f"module {name}")
         if len(spec.bond_dims) != sites.sites + 1 or spec.kind not in ("linear", "conv1d", "embedding"):
             raise InputError(
                 f"module {name}: kind {spec.kind!r} with {len(spec.bond_dims)} bond dimensions for {sites.sites} sites",
                 hint="this checkpoint needs a newer mpocli, or its config.json was edited",
+            )
+        if spec.bond_dims[0] != 1 or spec.bond_dims[-1] != 1 or min(spec.bond_dims) < 1:
+            raise InputError(
+                f"module {name}: bond dimensions {list(spec.bond_dims)}, where both ends are 1 and none is less",
+                hint=_RESTORE,
             )
         return spec
 
@@ -199,8 +206,14 @@ class Manifest:
     def by_name(self) -> dict[str, ModuleEntry]:
         return {entry.name: entry for entry in self.modules}
 
-    def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
-        return replace(self, files=files)
+    def without_measurements(self) -> Manifest:
+        """The structure alone, where the cores are no longer those that were measured."""
+        return replace(
+            self,
+            modules=tuple(
+                replace(entry, relative_error=None, discarded_weight=None, center=None) for entry in self.modules
+            ),
+        )
 
     def dumps(self) -> str:
         data = {
@@ -226,13 +239,20 @@ class Manifest:
 def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
     """The decomposed modules that a `quantization_config` describes.
 
-    Raises `InputError` for a schema that is newer than this mpocli.
+    Raises `InputError` for a schema that is newer than this mpocli, and for a structure that cannot be.
     """
     check_schema("config.json", data.get("schema_version", SCHEMA_VERSION))
     modules = data.get("modules") or {}
     if not isinstance(modules, Mapping):
         raise InputError("config.json: the `modules` of its quantization_config are no JSON object")
-    return {name: MPOSpec.from_dict(name, entry) for name, entry in modules.items()}
+    specs = {name: MPOSpec.from_dict(name, entry) for name, entry in modules.items()}
+    for name, spec in specs.items():
+        if spec.tied_to is not None and (spec.tied_to not in specs or spec.tied_to == name):
+            raise InputError(
+                f"module {name}: shares the cores of {spec.tied_to!r}, which is no other of the {len(specs)} modules",
+                hint=_RESTORE,
+            )
+    return specs
 
 
 def check_schema(where: str, version: object) -> None:

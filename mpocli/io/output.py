@@ -6,20 +6,34 @@ import ctypes
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpocli.errors import InputError
 
 
-def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
-    """`InputError` unless `path` can become an output directory: absent, empty, or replaceable by request."""
-    resolved, origin = path.resolve(), source.resolve()
-    if resolved == origin or resolved in origin.parents or origin in resolved.parents:
+def check_output(path: Path, source: Path | None, *, overwrite: bool) -> None:
+    """`InputError` unless `path` can become an output directory: absent, empty, or replaceable by request.
+
+    `source` is the input's directory, None where it has yet to be downloaded. What a killed run had moved aside
+    is back at `path` when it is looked at.
+    """
+    resolved = path.resolve()
+    origin = source and source.resolve()
+    if origin and (_holds(resolved, origin) or _holds(origin, resolved)):
         raise InputError(
             f"{path}: the output and the input {source} lie inside each other", hint="choose another --out"
         )
+    try:
+        _sweep(resolved)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     if path.is_dir():
+        if _holds(resolved, Path.cwd()):
+            raise InputError(
+                f"{path}: the working directory lies in it, and would be deleted from under the shell",
+                hint="choose another --out, or run mpocli from elsewhere",
+            )
         if not overwrite and any(path.iterdir()):
             raise InputError(f"{path}: exists and is not empty", hint="choose another --out, or pass --overwrite")
         if overwrite and any(path.iterdir()) and not (path / "config.json").is_file():
@@ -29,6 +43,10 @@ def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
             )
     elif path.exists():
         raise InputError(f"{path}: exists and is not a directory", hint="choose another --out")
+
+
+def _holds(directory: Path, other: Path) -> bool:
+    return directory == other or directory in other.parents
 
 
 @contextmanager
@@ -50,6 +68,7 @@ def output_directory(path: Path) -> Iterator[Path]:
         yield work
         _sync(work)
         _put_into_place(work, path)
+        _sync_directory(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -76,16 +95,15 @@ def _put_into_place(work: Path, path: Path) -> None:
     """Rename `work` to `path`; what stood there is then at `work`, or gone."""
     if not path.exists() or not any(path.iterdir()) or not _exchange(work, path):
         old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        occupied = path.exists()
-        if occupied:
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             work.rename(path)
-        except OSError:
-            if occupied:
+        finally:  # an interrupt may come anywhere between
+            if path.exists():
+                _remove(old)
+            elif old.exists():
                 old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -101,10 +119,23 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _sync(directory: Path) -> None:
     """To the disk before the rename: after a power cut the name must not stand for half a file."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _sync_directory(path)
+        elif path.is_file():
+            with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    """The names in a directory; not every system and file system can."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _sweep(path: Path) -> None:

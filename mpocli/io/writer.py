@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO, Protocol
 
 from torch import Tensor, uint8
@@ -92,7 +94,10 @@ class CheckpointWriter:
     """Collects tensors in a spool file and lays them out as safetensors on `finish`.
 
     The safetensors library writes from memory only; sizes are not known before the last matrix is decomposed,
-    and the header comes first, hence the detour.
+    and the header comes first, hence the detour. While it works, the disk holds the spool; while it finishes,
+    the spool shrinks as the files grow, so that both together never take more than all tensors and the largest
+    one again (where files may have holes; twice all tensors where not). As a context manager it drops the spool
+    on a failure.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
@@ -101,6 +106,20 @@ class CheckpointWriter:
         self._spool = (directory / _SPOOL).open("w+b")
         self._offsets: dict[str, int] = {}
         self.specs: list[TensorSpec] = []
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the spool and what is in it. Does nothing after `finish`."""
+        with suppress(OSError):  # of a full disk: nobody needs the last bytes any more
+            self._spool.close()
+        (self._directory / _SPOOL).unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor. Each name once."""
@@ -114,14 +133,21 @@ class CheckpointWriter:
     def finish(self) -> list[Path]:
         """Write the files (and the index of more than one), remove the spool, return the weight files."""
         shards = plan_shards(self.specs, self._max_shard_bytes)
-        for shard in shards:
+        for shard in reversed(shards):
             with (self._directory / shard.name).open("wb") as stream:
                 stream.write(shard.header)
+                places, start = [], len(shard.header)
                 for spec in shard.specs:
-                    self._spool.seek(self._offsets[spec.name])
-                    _copy(self._spool, stream, spec.nbytes)
-        self._spool.close()
-        (self._directory / _SPOOL).unlink()
+                    if spec.nbytes:
+                        places.append((self._offsets[spec.name], start, spec.nbytes))
+                    start += spec.nbytes
+                # From the spool's end to its beginning, and what has been copied is cut off.
+                for offset, start, count in sorted(places, reverse=True):
+                    self._spool.seek(offset)
+                    stream.seek(start)
+                    _copy(self._spool, stream, count)
+                    self._spool.truncate(offset)
+        self.close()
         if len(shards) > 1:
             weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
             index = {

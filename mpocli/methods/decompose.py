@@ -55,8 +55,7 @@ def run(
         size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
         totals, _ = worker.totals(size)
     else:
-        with output_directory(out) as work:
-            writer = CheckpointWriter(work, config.max_shard_bytes)
+        with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
             worker.write(writer)
             files = writer.finish()
             totals, entries = worker.totals(sum(file.stat().st_size for file in files))

@@ -58,8 +58,7 @@ def run(
     for weight in mpos.values():
         assert weight.entry is not None
         skip |= {f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
-    with output_directory(out) as work:
-        writer = CheckpointWriter(work, max_shard_bytes)
+    with output_directory(out) as work, CheckpointWriter(work, max_shard_bytes) as writer:
         done = 0
         for key in reader:
             if key in skip:

@@ -52,8 +52,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     narrow = tensor.to(dtype)
     if not bool(torch.isfinite(narrow).all()):
         raise NumericsError(
-            f"{name}: its largest element, {float(tensor.abs().max()):.3g}, does not fit in "
-            f"{dtype_name(dtype)}",
+            f"{name}: its largest element, {float(tensor.abs().max()):.3g}, does not fit in {dtype_name(dtype)}",
             hint="store it wider, as --dtype bfloat16",
         )
     return narrow

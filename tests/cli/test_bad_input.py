@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import models
 import pytest
 import torch
@@ -43,6 +44,7 @@ USAGE = {
     "negative cap": (["--emb-trunc", "-3"], "--emb-trunc -3"),
     "trunc that is no number": (["--trunc", "x"], "'--trunc'"),
     "one site": (["--sites", "1"], "--sites 1"),
+    "more sites than can be searched": (["--sites", "13"], "the largest is 12"),
     "layers that are no roles": (["--layers", "nonsense"], "'nonsense'"),
     "layer numbers": (["--layers", "0,1"], "'0'"),
     "no layers at all": (["--layers", ","], "--layers"),
@@ -50,14 +52,16 @@ USAGE = {
     "unknown option": (["--truncc", "8"], "--truncc"),
     "unknown gauge": (["--gauge", "lorenz"], "'lorenz'"),
     "unknown word for larger": (["--when-larger", "maybe"], "'maybe'"),
-    "tolerance of one": (["--rel-tol", "1"], "1.0"),
-    "negative tolerance": (["--rel-tol", "-0.1"], "-0.1"),
-    "tolerance that is no number": (["--rel-tol", "nan"], "nan"),
+    "tolerance of one": (["--rel-tol", "1"], "--rel-tol 1.0"),
+    "negative tolerance": (["--rel-tol", "-0.1"], "--rel-tol -0.1"),
+    "tolerance that is no number": (["--rel-tol", "nan"], "--rel-tol nan"),
     "shape without a glob": (["--shape", "4,12x4,12"], "'4,12x4,12'"),
     "shape without columns": (["--shape", "*query=4,12"], "'4,12'"),
     "shape with letters": (["--shape", "*query=4,bx4,12"], "'4,bx4,12'"),
     "shape with unequal sites": (["--shape", "*query=4,12x4,3,4"], "4,12x4,3,4"),
     "shape with a zero": (["--shape", "*query=0,48x4,12"], "0,48x4,12"),
+    "device that is none": (["--device", "toaster"], "--device 'toaster'"),
+    "device with a number that is none": (["--device", "cuda:x"], "--device 'cuda:x'"),
     "size that is none": (["--max-shard-size", "big"], "'big'"),
     "size of zero": (["--max-shard-size", "0GB"], "'0GB'"),
     "size in an unknown unit": (["--max-shard-size", "5iB"], "'5iB'"),
@@ -91,7 +95,57 @@ def test_merge_and_inspect_check_their_options_too(mpo: Path, refuses: Callable[
     refuses(2, ["merge", mpo, "--dtype", "float8"], "'float8'")
     refuses(2, ["merge", mpo, "--max-shard-size", "big"], "'big'")
     refuses(2, ["inspect", mpo, "--sites", "1"], "--sites 1")
+    refuses(2, ["inspect", mpo, "--sites", "13"], "the largest is 12")
     refuses(2, ["inspect", mpo, "--base", mpo], "--base", "--verify")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_revision_of_a_local_directory_is_a_usage_error(verb: str, mpo: Path, refuses: Callable[..., str]) -> None:
+    refuses(2, [verb, mpo, "--revision", "main"], "--revision", str(mpo), "local directory")
+
+
+@pytest.fixture
+def downloads(bert: Path, bert_mpo: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """A hub of two models, `some/bert` and `some/mpo`: (model, revision) of every download."""
+    made: list[tuple[str, str | None]] = []
+
+    def snapshot_download(model: str, *, revision: str | None, **_: object) -> str:
+        made.append((model, revision))
+        return str({"some/bert": bert, "some/mpo": bert_mpo}[model])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return made
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_a_usage_error_comes_before_any_download(
+    case: str, downloads: list[tuple[str, str | None]], refuses: Callable[..., str]
+) -> None:
+    refuses(2, ["decompose", "some/bert", *USAGE[case][0]])
+    assert downloads == []
+
+
+@pytest.mark.parametrize("verb", ["decompose", "merge"])
+def test_an_output_or_device_that_no_model_could_make_right_is_refused_before_any_download(
+    verb: str, downloads: list[tuple[str, str | None]], work: Path, refuses: Callable[..., str]
+) -> None:
+    (work / "file").write_text("mine")
+    (work / "mpo-merged").mkdir()
+    (work / "mpo-merged" / "photo.jpg").write_text("mine")
+    refuses(3, [verb, "some/mpo", "-o", "file", "--overwrite"], "file", "not a directory")
+    refuses(3, [verb, "some/mpo", "-o", "mpo-merged"], "mpo-merged", "--overwrite")
+    refuses(3, [verb, "some/mpo", "-o", "mpo-merged", "--overwrite"], "mpo-merged", "config.json")
+    refuses(3, ["merge", "some/mpo"], "mpo-merged", "--overwrite")
+    refuses(3, ["decompose", "some/bert", "--device", "cuda:99"], "'cuda:99'")
+    assert downloads == []
+
+
+def test_every_verb_hands_its_revision_to_the_hub(
+    downloads: list[tuple[str, str | None]], cli: Cli, work: Path
+) -> None:
+    for verb in VERBS:
+        succeeded(cli(verb, "some/mpo", "--revision", f"for-{verb}"))
+    assert downloads == [("some/mpo", f"for-{verb}") for verb in VERBS]
 
 
 # --- the model: exit 3 ------------------------------------------------------------------------------------------
@@ -258,7 +312,7 @@ def test_cuda_where_there_is_none_is_refused(dense: Path, refuses: Callable[...,
     refuses(3, ["decompose", dense, "--device", "cuda", "--dry-run"], "'cuda'")
 
 
-@pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "hpu"])
 def test_a_device_that_cannot_compute_is_refused(device: str, dense: Path, refuses: Callable[..., str]) -> None:
     refuses(3, ["decompose", dense, "--device", device], repr(device))
 

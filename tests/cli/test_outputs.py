@@ -150,6 +150,15 @@ def test_the_default_output_works_from_inside_the_models_directory(
     assert (tmp_path / "dense-mpo" / WEIGHTS).is_file()
 
 
+def test_the_default_output_from_below_the_model_is_beside_the_model(
+    cli: Cli, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dense / "1_Pooling").mkdir()
+    monkeypatch.chdir(dense / "1_Pooling")
+    assert "written to ../../dense-mpo " in succeeded(cli("decompose", "..", "--trunc", 8)).err
+    assert (tmp_path / "dense-mpo" / WEIGHTS).is_file()
+
+
 # --- dry runs ---------------------------------------------------------------------------------------------------
 
 DRY = {

@@ -278,6 +278,24 @@ def test_the_working_directory_is_never_deleted_from_under_the_shell(cli: Cli, b
     assert Path().samefile(work)
 
 
+def test_a_directory_above_the_working_directory_is_not_replaced_either(cli: Cli, mpo: Path, work: Path) -> None:
+    succeeded(cli("merge", mpo, "-o", "out"))
+    (work / "out" / "below").mkdir()
+    os.chdir(work / "out" / "below")
+    before = tree(work)
+    refused(cli("merge", mpo, "-o", "..", "--overwrite"), 3, "working directory")
+    assert tree(work) == before and Path().samefile(work / "out" / "below")
+
+
+def test_what_a_kill_moved_aside_is_not_overwritten_unasked(cli: Cli, mpo: Path, work: Path) -> None:
+    """It is put back before the output is looked at, and then stands in the way like any other."""
+    succeeded(cli("merge", mpo, "-o", "out"))
+    before = tree(work)
+    (work / "out").rename(work / ".out.replaced-999999999")
+    refused(cli("merge", mpo, "-o", "out"), 3, "not empty", "--overwrite")
+    assert tree(work) == before
+
+
 def test_what_a_running_process_writes_is_not_swept(cli: Cli, bert: Path, work: Path) -> None:
     """Only remains of processes that are gone: two runs with one output must not tear at each other."""
     alive = work / f".out.partial-{os.getppid()}"

@@ -98,6 +98,17 @@ def test_a_reader_that_has_left_is_exit_0(server: Server, bert_mpo: Path, work: 
     assert codes == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_a_reader_that_has_left_does_not_change_the_verdict(
+    options: list[str], server: Server, mpo: Path, work: Path, tmp_path: Path
+) -> None:
+    """`mpocli inspect --verify … | head -1` under `set -o pipefail`."""
+    (mpo / "vocab.txt").write_text("of another model")
+    ended = server.run("inspect", mpo, "--verify", *options, cwd=work, log=tmp_path / "log", out="closed pipe")
+    assert ended.code == 3
+    assert ended.err.count("error: ") == 1 and "vocab.txt" in ended.err
+
+
 def test_a_pipe_into_head_prints_the_head_and_nothing_else(tmp_path: Path) -> None:
     """The shell's own pipe, Python's shutdown included."""
     script = f"'{sys.executable}' -m mpocli decompose --help | head -2"
@@ -106,12 +117,18 @@ def test_a_pipe_into_head_prints_the_head_and_nothing_else(tmp_path: Path) -> No
     assert "Usage: mpocli decompose" in done.stdout and done.stdout.count("\n") == 2
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+@pytest.mark.parametrize("arguments", [["{mpo}"], ["{mpo}", "--json"], ["--help"]], ids=" ".join)
 def test_a_full_disk_behind_stdout_is_one_line_and_no_bug(
-    options: list[str], server: Server, bert_mpo: Path, work: Path, tmp_path: Path
+    arguments: list[str], server: Server, bert_mpo: Path, work: Path, tmp_path: Path
 ) -> None:
     """`mpocli … > file` is the user's trouble then, not ours."""
-    ended = server.run("inspect", bert_mpo, *options, cwd=work, log=tmp_path / "log", out="full device")
+    filled = [argument.format(mpo=bert_mpo) for argument in arguments]
+    ended = server.run("inspect", *filled, cwd=work, log=tmp_path / "log", out="full device")
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err and "Exception ignored" not in ended.err
     assert ended.err.count("error: ") == 1 and "No space left" in ended.err
+
+
+def test_a_full_disk_behind_stderr_leaves_the_exit_code(tmp_path: Path) -> None:
+    script = f"'{sys.executable}' -m mpocli inspect --sites 1 model 2> /dev/full"
+    assert subprocess.run(["bash", "-c", script], cwd=tmp_path, check=False).returncode == 2

@@ -123,6 +123,7 @@ def test_params_are_counted_by_hand_and_a_tied_module_has_none_of_its_own() -> N
         {"scale": "big"},
         {"in_dims": None},
         {"tied_to": "nowhere"},
+        {"tied_to": "layer"},
     ],
     ids=str,
 )
@@ -131,6 +132,14 @@ def test_a_structure_that_cannot_be_is_refused_under_its_modules_name(change: di
     entry = {**LINEAR.to_dict(), **change}
     with pytest.raises(InputError, match="layer"):
         specs_from_config({"schema_version": 1, "modules": {"layer": entry}})
+
+
+def test_a_structure_that_cannot_be_is_refused_in_the_manifest_too(tmp_path: Path) -> None:
+    manifest = json.loads(MANIFEST.dumps())
+    manifest["modules"][0]["bond_dims"] = [2, 7, 1]
+    (tmp_path / "mpo.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"layer: bond dimensions \[2, 7, 1\]"):
+        read_manifest(tmp_path, _config(MANIFEST))
 
 
 def test_nan_never_gets_into_a_manifest() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 
 from mpocli.errors import InputError
+from mpocli.io import output
 from mpocli.io.output import check_output, output_directory
 
 
@@ -99,6 +102,96 @@ def test_a_directory_may_be_absent_empty_or_a_model_to_overwrite(tmp_path: Path)
     out.write_text("")
     with pytest.raises(InputError, match="not a directory"):
         check_output(out, source, overwrite=True)
+
+
+def test_nothing_is_known_of_the_input_before_it_is_downloaded(tmp_path: Path) -> None:
+    check_output(tmp_path / "out", None, overwrite=False)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="not a directory"):
+        check_output(tmp_path / "out", None, overwrite=True)
+
+
+def test_remains_are_swept_before_the_output_is_checked(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial-999999999"
+    aside = tmp_path / ".out.replaced-999999999"
+    aside.mkdir()
+    partial.mkdir()
+    (aside / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output(out, tmp_path / "source", overwrite=False)
+    assert _names(tmp_path) == {"out"} and _names(out) == {"config.json"}
+
+
+@pytest.mark.parametrize("below", [".", "below"])
+def test_the_working_directory_is_no_output(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "out" / below)
+    with pytest.raises(InputError, match="working directory"):
+        check_output(tmp_path / "out", tmp_path / "source", overwrite=True)
+
+
+def test_every_file_and_directory_is_on_the_disk_before_the_renaming_and_the_parent_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory must be flushed too, or the names in it may be lost."""
+    out, flushed = tmp_path / "out", set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.add((os.fstat(descriptor).st_ino, out.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with output_directory(out) as work:
+        (work / "folder").mkdir()
+        (work / "folder" / "file").write_text("1")
+    inside = (out, out / "folder", out / "folder" / "file")
+    assert flushed == {*((path.stat().st_ino, False) for path in inside), (tmp_path.stat().st_ino, True)}
+
+
+def test_a_file_system_that_cannot_flush_a_directory_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with output_directory(tmp_path / "out") as work:
+        (work / "file").write_text("1")
+    assert _names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), SystemExit()], ids=repr)
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("renaming", [".replaced-", ".partial-"])
+def test_whatever_interrupts_a_renaming_leaves_old_or_new_and_no_remains(
+    renaming: str, moment: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`renaming` aside or into place; where the system cannot exchange directories in one step."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename, raised = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if raised or renaming not in (target if self == out else self).name:
+            return rename(self, target)
+        raised.append(error)
+        if moment == "after":
+            rename(self, target)
+        raise error
+
+    monkeypatch.setattr(output, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises((InputError, KeyboardInterrupt, SystemExit)), output_directory(out) as work:
+        (work / "new").write_text("new")
+    assert raised and _names(tmp_path) == {"out"}
+    assert _names(out) == ({"new"} if renaming == ".partial-" and moment == "after" else {"old"})
 
 
 def test_source_and_output_may_be_neighbours_with_one_name_inside_the_other(tmp_path: Path) -> None:

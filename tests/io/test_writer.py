@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpocli.errors import InputError
+from mpocli.io import writer as writer_module
 from mpocli.io.checkpoint import DTYPES, WEIGHTS, WEIGHTS_INDEX, CheckpointReader, TensorSpec
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
 
@@ -103,6 +107,54 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
     writer.finish()
 
 
+def test_a_writer_that_fails_leaves_no_spool_and_no_open_file(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path, 1000) as writer:
+            writer.add("a", torch.zeros(1))
+            assert list(tmp_path.iterdir()) == [tmp_path / ".spool"]
+            raise KeyboardInterrupt
+        spool = writer._spool
+        assert spool.closed and list(tmp_path.iterdir()) == []
+        with CheckpointWriter(tmp_path, 1000) as writer:
+            writer.finish()
+        assert writer._spool.closed and list(tmp_path.iterdir()) == [tmp_path / WEIGHTS]
+
+
+@pytest.mark.parametrize("most", [1 << 40, 1000], ids=["one file", "shards"])
+def test_spool_and_files_never_take_more_than_all_tensors_and_the_largest(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of names and dtypes, and with empty tensors between."""
+    tensors = {
+        f"{7 * k % 20}": _tensor((torch.float32, torch.uint8, torch.int64)[k % 3], (31 * k % 50,)) for k in range(20)
+    }
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    assert 0 in sizes
+    copied, peak = 0, 0
+    copy = writer_module._copy
+
+    def measured(source: BinaryIO, target: BinaryIO, count: int) -> None:
+        nonlocal copied, peak
+        copied += count
+        peak = max(peak, copied + os.fstat(source.fileno()).st_size)
+        copy(source, target, count)
+
+    monkeypatch.setattr(writer_module, "_copy", measured)
+    files = _write(tmp_path, tensors, most)
+    assert (len(files) > 1) == (most == 1000)
+    assert copied == sum(sizes) < peak <= sum(sizes) + max(sizes)
+    _same({name: tensor for file in files for name, tensor in load_file(file).items()}, tensors)
+
+
+def test_an_empty_tensor_costs_its_neighbours_nothing(tmp_path: Path) -> None:
+    """It stands at the same place of the spool as the next one, which must not be cut off with it."""
+    for names in ("ab", "ba"):
+        tensors = {names[0]: torch.zeros(0), names[1]: torch.ones(3)}
+        _write(tmp_path, tensors)
+        _same(load_file(tmp_path / WEIGHTS), tensors)
+
+
 _SPECS = st.lists(
     st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8]), st.integers(0, 60)),
     min_size=1,
@@ -176,9 +228,9 @@ def test_a_tensor_that_was_read_owns_its_memory(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
-    header = json.dumps({"odd": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}}).encode()
-    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(InputError, match=r"odd has dtype F8_E8M0"):
+    header = json.dumps({"odd": {"dtype": "F6_E2M3", "shape": [8], "data_offsets": [0, 6]}}).encode()
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(6))
+    with pytest.raises(InputError, match=r"odd has dtype F6_E2M3"):
         CheckpointReader(tmp_path)
 
 

@@ -40,7 +40,11 @@ def command(
     rel_tol: Annotated[
         float | None,
         typer.Option(
-            "--rel-tol", metavar="X", help="Largest relative Frobenius error of each matrix.", rich_help_panel=SIZE
+            "--rel-tol",
+            metavar="X",
+            rich_help_panel=SIZE,
+            help="Largest relative Frobenius error of each matrix, before rounding to the stored dtype; "
+            "a cap wins over it.",
         ),
     ] = None,
     when_larger: Annotated[
@@ -111,19 +115,25 @@ def command(
     caps = {"--trunc": trunc, "--emb-trunc": emb_trunc, "--attention-trunc": attention_trunc}
     for option, value in {**caps, "--ffn-trunc": ffn_trunc, "--pooler-trunc": pooler_trunc}.items():
         at_least(option, value, 1)
-    at_least("--sites", sites, 2)
+    options.check_tolerance(rel_tol)
+    options.check_sites(sites)
     one_of("--when-larger", when_larger, ("keep", "decompose"))
     one_of("--gauge", gauge, ("canonical", "symmetric"))
     one_of("--dtype", dtype, options.DTYPES)
     roles = options.parse_layers(layers)
     shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
     shapes = options.parse_shapes(shape or [])
+    destination = out or options.default_out(model, "mpo")
+    if not dry_run:
+        options.check_out_before_download(model, destination, overwrite=overwrite)
 
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import decompose
     from mpocli.methods.decompose_plan import DecomposeConfig
+    from mpocli.methods.device import device_of
 
+    device_of(device)
     config = DecomposeConfig(
         trunc=trunc,
         emb_trunc=emb_trunc,
@@ -145,7 +155,6 @@ def command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    destination = out or options.default_out(model, "mpo")
     with quiet.transformers(), render.progress_bar("decompose", enabled=not json) as progress:
         report = decompose.run(model, config, destination, overwrite=overwrite, dry_run=dry_run, progress=progress)
     if json:
@@ -186,6 +195,8 @@ def show(report: DecomposeReport) -> None:
     )
     for line in render.notes(report.modules):
         render.err.print(line, style="yellow")
+    if not any(module.action == "mpo" for module in report.modules):
+        render.err.print("nothing was decomposed", style="yellow")
     if report.dry_run:
         render.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
     else:

@@ -51,7 +51,7 @@ def command(
     """
     from mpocli.errors import InputError, UsageError
 
-    options.at_least("--sites", sites, 2)
+    options.check_sites(sites)
     if base is not None and not verify:
         raise UsageError("--base says what to verify against, and --verify is not given", hint="add --verify")
 
@@ -99,6 +99,8 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
             render.err.print(f"✗ {problem}", style="red", markup=False)
         if not report.problems:
             render.out.print(f"verified: {report.checks} checks, no mismatch", style="green")
+        if not report.has_manifest:
+            render.err.print("no mpo.json here: only what config.json says of the cores was checked", style="yellow")
 
 
 def _roles(report: InspectReport) -> Any:

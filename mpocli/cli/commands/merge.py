@@ -12,6 +12,7 @@ def command(
     max_shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
+    revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed.
@@ -22,12 +23,13 @@ def command(
     """
     options.one_of("--dtype", dtype, options.DTYPES)
     shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
+    destination = out or options.default_out(model, "merged")
+    options.check_out_before_download(model, destination, overwrite=overwrite)
 
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import merge
 
-    destination = out or options.default_out(model, "merged")
     with quiet.transformers(), render.progress_bar("merge", enabled=not json) as progress:
         report = merge.run(
             model,
@@ -35,6 +37,7 @@ def command(
             dtype=dtype,
             max_shard_bytes=shard_bytes,
             overwrite=overwrite,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
