@@ -10,7 +10,7 @@ import typer
 
 from mpocli import __version__
 from mpocli.cli import streams
-from mpocli.cli.commands import decompose, demo, inspect, merge
+from mpocli.cli.commands import decompose, demo, evaluate, finetune, inspect, merge
 from mpocli.errors import MpoError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("decompose")(decompose.command)
+app.command("finetune")(finetune.command)
+app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("merge")(merge.command)
 app.command("demo")(demo.command)

@@ -68,6 +68,24 @@ def progress_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
         yield update
 
 
+@contextmanager
+def training_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar with the loss beside it; where no terminal is, a line for every logged loss."""
+    if not enabled or err.is_terminal:
+        with progress_bar(what, enabled=enabled) as bar:
+            yield bar
+        return
+    said = ""
+
+    def say(done: int, total: int, line: str) -> None:
+        nonlocal said
+        if line != said:
+            said = line
+            err.print(f"step {done:,} of {total:,}: {line}", markup=False)
+
+    yield say
+
+
 def shortened(name: str, width: int = 44) -> str:
     """A module path that fits a column: its end says more than its beginning."""
     return name if len(name) <= width else "…" + name[-(width - 1) :]

@@ -16,9 +16,11 @@ from mpocli.hf.skeleton import load_config
 from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256, read_json
 from mpocli.io.manifest import MANIFEST, QUANT_METHOD, Manifest, Totals, read_manifest
+from mpocli.mpo.linalg import dtype_name
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = "README.md"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
@@ -57,6 +59,14 @@ class Checkpoint:
         return survey(self.config, self.reader, self.manifest, trust_remote_code=self.trust_remote_code)
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of most of its elements."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.reader.specs.values():
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+        return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))
+
+    @property
     def is_mpo(self) -> bool:
         return self.manifest is not None and bool(self.manifest.modules)
 
@@ -76,7 +86,9 @@ class Checkpoint:
             return self.manifest.base_model
         return {"name": self.source.name, "revision": self.source.revision, "weights_sha256": self.reader.sha256}
 
-    def history(self, command: str, options: dict[str, Any], seed: int) -> tuple[dict[str, Any], ...]:
+    def history(
+        self, command: str, options: dict[str, Any], seed: int, metrics: dict[str, float] | None = None
+    ) -> tuple[dict[str, Any], ...]:
         """The manifest's history with one more command on it."""
         import torch
         import transformers
@@ -90,7 +102,7 @@ class Checkpoint:
                 "torch": torch.__version__.partition("+")[0],
                 "transformers": transformers.__version__,
             },
-            "metrics": {},
+            "metrics": metrics or {},
             "input_sha256": self.reader.sha256,
         }
         return (*(self.manifest.history if self.manifest else ()), entry)
@@ -112,8 +124,18 @@ def _rewritten(manifest: Manifest, reader: CheckpointReader) -> bool:
     )
 
 
-def write_surroundings(work: Path, checkpoint: Checkpoint, manifest: Manifest, *, dtype: str | None = None) -> None:
-    """Everything beside the weights: config, tokenizer and generation files, model card, and last the manifest."""
+def write_surroundings(
+    work: Path,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    *,
+    dtype: str | None = None,
+    config_json: dict[str, Any] | None = None,
+) -> None:
+    """Everything beside the weights: config, tokenizer and generation files, model card, and last the manifest.
+
+    `config_json` replaces the source's where the model's class has changed.
+    """
     source = checkpoint.source.directory
     for path in sorted(source.iterdir()):
         if path.name in _OWN_FILES or path.suffix in _WEIGHT_SUFFIXES or path.name.startswith("."):
@@ -124,7 +146,8 @@ def write_surroundings(work: Path, checkpoint: Checkpoint, manifest: Manifest, *
             shutil.copyfile(path, work / path.name)
         elif path.is_dir() and _is_configuration(path):
             _copy_folder(path, work / path.name)
-    config = {key: value for key, value in checkpoint.config_json.items() if key != "quantization_config"}
+    original = checkpoint.config_json if config_json is None else config_json
+    config = {key: value for key, value in original.items() if key != "quantization_config"}
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
@@ -137,6 +160,37 @@ def write_surroundings(work: Path, checkpoint: Checkpoint, manifest: Manifest, *
         str(path.relative_to(work)): {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files
     }
     (work / MANIFEST).write_text(replace(manifest, files=digests).dumps(), encoding="utf-8")
+
+
+def write_trained(
+    work: Path,
+    model: PreTrainedModel,
+    source: Checkpoint,
+    command: str,
+    options: dict[str, Any],
+    *,
+    seed: int,
+    metrics: dict[str, float],
+    max_shard_bytes: int = 5 * 10**9,
+) -> Totals:
+    """A trained model as a checkpoint in `work`, in its source's dtype, and what it now amounts to.
+
+    Its cores have moved: errors and canonical claims of the source do not hold for them.
+    """
+    stored = source.stored_dtype
+    model.to(dtype=stored)
+    model.save_pretrained(work, max_shard_size=max_shard_bytes)
+    saved = Checkpoint.open(str(work), trust_remote_code=source.trust_remote_code)
+    roles = {member.name: weight.role for weight in saved.survey.weights for member in weight.members}
+    modules = saved.manifest.modules if saved.manifest else ()
+    manifest = Manifest(
+        base_model=source.base_model(),
+        modules=tuple(replace(entry, role=roles.get(entry.name), dtype=dtype_name(stored)) for entry in modules),
+        totals=saved.totals(),
+        history=source.history(command, options, seed, metrics),
+    )
+    write_surroundings(work, source, manifest, config_json=saved.config_json)
+    return saved.totals()
 
 
 def _copy_folder(source: Path, target: Path) -> None:

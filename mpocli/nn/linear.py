@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mpocli.mpo.contract import apply_chain, choose_path
+from mpocli.mpo.contract import apply_chain, choose_path, to_dense
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
 from mpocli.nn.cores import MPOModule
@@ -42,6 +43,8 @@ class MPOLinear(MPOModule):
         super().__init__(shape, sites, bond_dims, dtype=dtype, device=device)
         self.out_features, self.in_features = shape
         self.kind = kind
+        # Rebuild W again in the backward pass: a little time for the memory of one W per layer.
+        self.recompute = False
         self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -66,11 +69,18 @@ class MPOLinear(MPOModule):
         tokens = math.prod(x.shape[:-1])
         path = choose_path(tokens, self.sites.out_dims, self.sites.in_dims, self.bond_dims)
         if path == "rebuild":
-            return F.linear(x, self.weight_matrix().to(x.dtype), self.bias)
+            if self.recompute and torch.is_grad_enabled():
+                rebuilt: Tensor = checkpoint(self._rebuilt, x, *self.cores, use_reentrant=False)
+                return rebuilt
+            return self._rebuilt(x, *self.cores)
         flat = F.pad(x.reshape(tokens, self.in_features), (0, self.sites.padded_shape[1] - self.in_features))
         y = apply_chain(flat, self.cores, path)[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
         # Under autocast the product is narrower than the bias, and so is a dense layer's result.
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _rebuilt(self, x: Tensor, *cores: Tensor) -> Tensor:
+        # The cores come in as arguments: a recomputation must see the same ones.
+        return F.linear(x, to_dense(cores)[: self.shape[0], : self.shape[1]], self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight as the dense layer stores it: W for `linear`, Wᵀ for `conv1d`."""

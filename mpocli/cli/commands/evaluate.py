@@ -1,0 +1,173 @@
+"""`mpocli eval`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import options
+from mpocli.cli import task_options as task_
+from mpocli.errors import InputError, TargetNotMetError, UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.evaluate import EvalReport
+
+GATES = "Gates for CI (exit 5)"
+
+
+def command(
+    model: options.Model,
+    task: task_.TaskName = None,
+    evaluate: task_.Eval = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="Measure this one too, side by side.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", metavar="FILE", help="Write one JSON line per sample.")
+    ] = None,
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option("--fail-below", metavar="METRIC=X", help="Least value that will do.", rich_help_panel=GATES),
+    ] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option("--max-drop", metavar="METRIC=X", help="Largest loss to --baseline.", rich_help_panel=GATES),
+    ] = None,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    limit: task_.Limit = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
+    batch_size: task_.EvalBatch = 32,
+    max_new_tokens: task_.NewTokens = 96,
+    precision: task_.Precision = "auto",
+    device: task_.Device = "auto",
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Hand over to EleutherAI's harness, where installed."),
+    ] = None,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Measure a checkpoint: the task's metrics, parameters, bytes, memory, latency.
+
+    Perplexity is over non-overlapping windows of --max-length tokens, the last
+    partial one counted; words are whitespace tokens plus one per line.
+
+    [bold]Examples[/bold]
+
+      mpocli eval bert-sst2-mpo --task sst2 --eval dev.tsv --baseline bert-sst2 --max-drop accuracy=0.01
+
+      mpocli eval gpt2-mpo --task lm --eval wiki.test.txt --max-length 1024
+    """
+    gates = _gates("--fail-below", fail_below), _gates("--max-drop", max_drop)
+    if gates[1] and baseline is None:
+        raise UsageError("--max-drop compares with a baseline, and none is given", hint="add --baseline MODEL")
+    if lm_eval is not None:
+        _harness(model, lm_eval, device, revision, trust_remote_code)
+        return
+    if task is None and (evaluate or predictions or gates[0] or gates[1]):
+        raise UsageError("--task is missing", hint="say what the data are for, as --task sst2")
+    if task is not None and not evaluate:
+        raise UsageError("--eval is missing", hint="name the file to evaluate on")
+    data = None
+    if task is not None:
+        data = task_.data_options(
+            task,
+            evaluate=evaluate,
+            text_column=text_column,
+            label_column=label_column,
+            limit=limit,
+            max_length=max_length,
+            eval_batch_size=batch_size,
+            precision=task_.precision_of(precision, device),
+            max_new_tokens=max_new_tokens,
+            tokenizer=tokenizer,
+        )
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import evaluate as method
+
+    with quiet.transformers(), render.progress_bar("eval", enabled=not json) as progress:
+        report = method.run(
+            model,
+            data,
+            baseline=baseline,
+            predictions=predictions,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        render.print_json("eval", report)
+    else:
+        _show(report)
+    missed = method.check_gates(report, *gates)
+    if missed:
+        raise TargetNotMetError("; ".join(missed), hint="compress less, or fine-tune longer")
+
+
+def _gates(option: str, texts: list[str] | None) -> list[tuple[str, float]]:
+    found = []
+    for text in texts or []:
+        name, _, number = text.partition("=")
+        try:
+            found.append((name.strip(), float(number)))
+        except ValueError:
+            raise UsageError(f"{option} {text!r} cannot be read", hint=f"write it as {option} accuracy=0.85") from None
+    return found
+
+
+def _harness(model: str, tasks: str, device: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Run lm_eval in a process that has imported mpocli, so that its `from_pretrained` knows MPO checkpoints."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise InputError("--lm-eval: EleutherAI's harness is not installed", hint="pip install lm_eval")
+    arguments = f"pretrained={model}" + (f",revision={revision}" if revision else "")
+    arguments += ",trust_remote_code=True" if trust_remote_code else ""
+    code = "import mpocli, sys; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+    where = [] if device == "auto" else ["--device", device]
+    command_line = [sys.executable, "-c", code, "--model", "hf", "--model_args", arguments, "--tasks", tasks, *where]
+    done = subprocess.run(command_line, check=False)
+    if done.returncode:
+        raise InputError(f"lm_eval ended with exit code {done.returncode}", hint="see its messages above")
+
+
+def _show(report: EvalReport) -> None:
+    from mpocli.cli import render
+
+    other = report.baseline
+    table = render.table("", "model", *(("baseline",) if other else ()))
+
+    def row(name: str, mine: str, theirs: str | None) -> None:
+        table.add_row(name, mine, *((theirs or "",) if other else ()))
+
+    for name, value in report.metrics.items():
+        row(name, f"{value:.4f}", f"{other.metrics[name]:.4f}" if other else None)
+    if report.metrics:
+        table.add_section()
+    row("parameters", render.count(report.totals.params), render.count(other.totals.params) if other else None)
+    row("bytes", render.size(report.totals.bytes), render.size(other.totals.bytes) if other else None)
+    speeds = report.speed, other.speed if other else None
+    if speeds[0]:
+        pairs = [speed or None for speed in speeds]
+        row("p50 per batch", *[f"{s.batch_seconds_p50 * 1e3:.1f} ms" if s else "" for s in pairs])
+        row("tokens / s", *[f"{s.tokens_per_second:,.0f}" if s else "" for s in pairs])
+        row("peak memory", *[render.size(s.peak_memory_bytes) if s else "" for s in pairs])
+    render.out.print(table)
+    if report.metrics:
+        render.out.print(f"{report.samples:,} samples", style="dim")
+    if report.agreement:
+        words = {"labels": "equal labels", "tokens": "equal likeliest tokens", "equal_texts": "equal texts"}
+        said = [f"{words.get(name, name)} {value:.4f}" for name, value in report.agreement.items()]
+        render.out.print("agreement with the baseline: " + ", ".join(said))
+    if report.truncated:
+        render.err.print(f"{report.truncated:,} examples were cut to --max-length", style="yellow")

@@ -1,0 +1,258 @@
+"""`mpocli finetune`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import options
+from mpocli.cli import task_options as task_
+from mpocli.cli.options import at_least, one_of
+from mpocli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.finetune import FinetuneReport
+
+HOW = "How to train"
+TEACHER = "Distillation"
+
+
+def command(
+    model: options.Model,
+    task: task_.TaskName = None,
+    train: task_.Train = None,
+    evaluate: task_.Eval = None,
+    test: task_.Test = None,
+    out: options.Out = None,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    limit: task_.Limit = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            "--update",
+            metavar="auxiliary|central|all",
+            help="Which cores to train; what is not decomposed always is. Default: auxiliary where there are MPOs.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=HOW)] = 1e-4,
+    mpo_lr: Annotated[
+        float | None, typer.Option("--mpo-lr", metavar="X", help="Of the cores. Default: --lr.", rich_help_panel=HOW)
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW)] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Per process.", rich_help_panel=HOW)
+    ] = 32,
+    accumulation: Annotated[
+        int, typer.Option("--accumulation", metavar="N", help="Batches per step.", rich_help_panel=HOW)
+    ] = 1,
+    warmup: Annotated[
+        float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW)
+    ] = 0.06,
+    weight_decay: Annotated[
+        float, typer.Option("--weight-decay", metavar="X", help="AdamW's, of matrices.", rich_help_panel=HOW)
+    ] = 0.0,
+    clip: Annotated[
+        float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW)
+    ] = 1.0,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length/--no-group-by-length", help="Less padding.", rich_help_panel=HOW)
+    ] = True,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory: recompute activations.", rich_help_panel=HOW),
+    ] = False,
+    recompute_weights: Annotated[
+        bool,
+        typer.Option("--recompute-weights", help="Less memory: rebuild MPO weights twice.", rich_help_panel=HOW),
+    ] = False,
+    precision: task_.Precision = "auto",
+    device: task_.Device = "auto",
+    select: Annotated[
+        str,
+        typer.Option("--select", metavar="last|best", help="best: on a held-out tenth of --train, once an epoch."),
+    ] = "last",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of head, order and dropout.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="N,N,…", help="A run for each, in sub-directories.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="Of the same task, to learn from.", rich_help_panel=TEACHER),
+    ] = None,
+    distill_weight: Annotated[
+        float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER)
+    ] = 0.5,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER)
+    ] = 2.0,
+    distill_hidden: Annotated[
+        bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER)
+    ] = False,
+    eval_batch_size: task_.EvalBatch = 64,
+    max_new_tokens: task_.NewTokens = 96,
+    log_steps: Annotated[int, typer.Option("--log-steps", metavar="N", help="Steps per line of metrics.jsonl.")] = 50,
+    save_steps: Annotated[
+        int | None,
+        typer.Option("--save-steps", metavar="N", help="Steps per checkpoint. Default: a tenth of all, at least 100."),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb, … as in the Trainer.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Fine-tune a model on a task: of an MPO checkpoint, its auxiliary cores alone.
+
+    The central cores, nine tenths of the parameters, stay as they are; what is
+    not decomposed (biases, norms, the head) is trained too. Ordinary
+    checkpoints are fine-tuned whole.
+
+    [bold]Examples[/bold]
+
+      mpocli finetune bert-mpo --task sst2 --train train.tsv --eval dev.tsv --lr 3e-4
+
+      mpocli finetune gpt2-mpo --task lm --train train.txt --eval valid.txt --max-length 512 --epochs 1
+
+      mpocli finetune bert-mpo --task classification --text-column text --label-column label --train my.csv
+
+      accelerate launch -m mpocli finetune bert-mpo --task sst2 --train train.tsv
+    """
+    one_of("--update", update, ("auxiliary", "central", "all"))
+    one_of("--select", select, ("last", "best"))
+    for option, value in (("--batch-size", batch_size), ("--accumulation", accumulation), ("--log-steps", log_steps)):
+        at_least(option, value, 1)
+    for option, number in (("--steps", steps), ("--save-steps", save_steps)):
+        at_least(option, number, 1)
+    for option, rate in (("--lr", lr), ("--mpo-lr", mpo_lr), ("--epochs", epochs), ("--temperature", temperature)):
+        if rate is not None and not 0 < rate < float("inf"):
+            raise UsageError(f"{option} {rate}: must be above 0", hint=f"choose a positive {option}")
+    for option, share in (("--warmup", warmup), ("--distill-weight", distill_weight)):
+        if not 0 <= share <= 1:
+            raise UsageError(f"{option} {share}: must lie between 0 and 1", hint="it is a share")
+    chosen_seeds = _seeds(seeds)
+    data = task_.data_options(
+        task,
+        train=train,
+        evaluate=evaluate,
+        test=test,
+        text_column=text_column,
+        label_column=label_column,
+        limit=limit,
+        max_length=max_length,
+        eval_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+    )
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import finetune
+    from mpocli.train.segment import Optimisation
+
+    config = finetune.FinetuneConfig(
+        data=data,
+        optimisation=Optimisation(
+            lr=lr,
+            mpo_lr=mpo_lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            clip=clip,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            precision=task_.precision_of(precision, device),
+            gradient_checkpointing=gradient_checkpointing,
+            group_by_length=group_by_length,
+            log_steps=log_steps,
+            save_steps=save_steps,
+            report_to=tuple(report_to or ()),
+            seed=seed,
+        ),
+        update=update,
+        epochs=epochs,
+        steps=steps,
+        select=select,
+        teacher=teacher,
+        distill_weight=distill_weight,
+        temperature=temperature,
+        distill_hidden=distill_hidden,
+        recompute_weights=recompute_weights,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    destination = out or options.default_out(model, "finetuned")
+    with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
+        if chosen_seeds:
+            reports = finetune.run_seeds(
+                model, config, destination, chosen_seeds, overwrite=overwrite, resume=resume, progress=progress
+            )
+        else:
+            reports = (finetune.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress),)
+    if not reports[0].is_writer:
+        return
+    if json and chosen_seeds:
+        render.print_json("finetune", finetune.summary(str(destination), chosen_seeds, reports))
+    elif json:
+        render.print_json("finetune", reports[0])
+    else:
+        _show(reports, chosen_seeds, str(destination))
+
+
+def _seeds(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"--seeds {text!r} cannot be read", hint="write it as 1,2,3") from None
+
+
+def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -> None:
+    """Metrics before and after, what was trained, and where the result is."""
+    from mpocli.cli import render
+
+    first = reports[0]
+    table = render.table("metric", "before", "after", *(("test",) if first.test_metrics else ()))
+    for name in first.metrics:
+        before = [report.metrics_before[name] for report in reports if name in report.metrics_before]
+        after = [report.metrics[name] for report in reports]
+        tested = [report.test_metrics[name] for report in reports if name in report.test_metrics]
+        row = [_spread(before), _spread(after), *((_spread(tested),) if first.test_metrics else ())]
+        table.add_row(name, *row)
+    if first.metrics:
+        render.out.print(table)
+    parts = [f"{count:,} {role}" for role, count in first.trainable_by_role.items() if count]
+    share = first.trainable_params / first.totals.params
+    render.out.print(
+        f"trained [bold]{first.trainable_params:,}[/bold] of {first.totals.params:,} parameters ({share:.1%}: "
+        f"{', '.join(parts)}) for {first.steps:,} steps"
+    )
+    if first.selected_step != first.steps:
+        render.out.print(f"kept the weights of step {first.selected_step:,}, the best on held-out training data")
+    for split, cut in first.truncated.items():
+        if cut:
+            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+    if first.resumed_from:
+        render.err.print(f"resumed from step {first.resumed_from:,}")
+    where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
+    render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s", markup=False)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean

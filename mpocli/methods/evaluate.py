@@ -1,0 +1,297 @@
+"""eval: a task's metrics, size, memory and speed of a checkpoint, alone or beside another one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.io.manifest import Totals
+from mpocli.methods.device import device_of
+from mpocli.methods.memory import peak_memory, reset_peak_memory
+from mpocli.methods.task_data import DataOptions, EvalSet, TaskData, prepare, run_set, score_set
+from mpocli.train.models import load_model
+from mpocli.train.predict import Run
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """p50 of the seconds a batch takes, real tokens per second, and the peak of the process's memory in bytes while
+    this model was loaded and run (of the device's, on a GPU)."""
+
+    batch_seconds_p50: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One checkpoint's figures."""
+
+    model: str
+    metrics: dict[str, float]
+    totals: Totals
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """`agreement` with the baseline: the share of equal labels (of equal likeliest tokens, for a language model), and
+    KL(baseline ‖ model) in nats per prediction; for scores their correlation and mean absolute difference."""
+
+    model: str
+    task: str | None
+    metrics: dict[str, float]
+    samples: int
+    totals: Totals
+    speed: Speed | None
+    baseline: Arm | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
+    truncated: int = 0
+    seconds: float = 0.0
+
+
+def run(
+    model: str,
+    data: DataOptions | None,
+    *,
+    baseline: str | None = None,
+    predictions: Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Evaluate a checkpoint; without `data` only sizes are told.
+
+    `predictions` is written as JSON lines, one a sample: text, prediction, label. Raises `InputError` for data or
+    models that cannot be used, or that do not go together, and `NumericsError` for predictions that are not finite.
+    """
+    started = time.perf_counter()
+    place = device_of(device)
+    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    other = Checkpoint.open(baseline, trust_remote_code=trust_remote_code) if baseline else None
+    if data is None:
+        arm = Arm(str(baseline), {}, other.totals(), None) if other else None
+        return EvalReport(model, None, {}, 0, checkpoint.totals(), None, arm, seconds=time.perf_counter() - started)
+    prepared = prepare(checkpoint, data)
+    own = _Measured(checkpoint, prepared, data, place, trust_remote_code)
+    beside: _Measured | None = None
+    if other is not None:
+        prepared_other = prepare(other, data)
+        _check_comparable(prepared, prepared_other, model, str(baseline))
+        beside = _Measured(other, prepared_other, data, place, trust_remote_code)
+        beside.measure(progress, "baseline")
+    own.measure(progress, "eval")
+    agreement = _agreement(own, beside) if beside else {}
+    if predictions is not None:
+        _write_predictions(predictions, prepared, own.runs)
+    return EvalReport(
+        model=model,
+        task=prepared.task.name,
+        metrics=own.metrics,
+        samples=sum(found.samples for found in prepared.eval),
+        totals=checkpoint.totals(),
+        speed=own.speed,
+        baseline=Arm(str(baseline), beside.metrics, beside.checkpoint.totals(), beside.speed) if beside else None,
+        agreement=agreement,
+        truncated=prepared.truncated.get("eval", 0),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Measured:
+    """A checkpoint being measured: loaded, run over every set, and let go."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        data: TaskData,
+        options: DataOptions,
+        device: torch.device,
+        trust_remote_code: bool,
+    ) -> None:
+        self.checkpoint, self.data, self.options, self.device = checkpoint, data, options, device
+        self.trust_remote_code = trust_remote_code
+        self.runs: list[Run] = []
+        self.metrics: dict[str, float] = {}
+        self.speed: Speed | None = None
+
+    def load(self) -> Any:
+        data = self.data
+        _check_head(self.checkpoint, data)
+        model = load_model(
+            self.checkpoint.source.directory,
+            self.checkpoint.config,
+            data.task,
+            data.family,
+            data.label_names,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = data.pad
+        moved: Any = model.to(self.device)
+        return moved.eval()
+
+    def measure(self, progress: Progress | None, what: str) -> None:
+        reset_peak_memory(self.device)
+        model = self.load()
+        for found in self.data.eval:
+
+            def tell(done: int, total: int) -> None:
+                if progress:
+                    progress(done, total, what)
+
+            self.runs.append(run_set(model, self.data, found, self.options, progress=tell))
+            self.metrics |= score_set(self.data, found, self.runs[-1])
+        seconds = [value for run in self.runs for value in run.seconds]
+        tokens = sum(size for run in self.runs for size in run.sizes)
+        self.speed = Speed(statistics.median(seconds), tokens / sum(seconds), peak_memory(self.device))
+
+
+def _check_head(checkpoint: Checkpoint, data: TaskData) -> None:
+    """A classifier that was never trained would be measured as one that guesses."""
+    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
+    if data.family == "encoder" and not name.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"{checkpoint.source.name}: a {name or 'model'} has no classification head for task {data.task.name}",
+            hint="run mpocli finetune first",
+        )
+
+
+def _check_comparable(a: TaskData, b: TaskData, model: str, baseline: str) -> None:
+    if a.family != b.family:
+        raise InputError(f"{model} does the task as {a.family}, {baseline} as {b.family}", hint="compare equal kinds")
+    if a.label_names != b.label_names:
+        raise InputError(
+            f"{model} has {len(a.label_names)} labels, {baseline} {len(b.label_names)} or others",
+            hint="compare checkpoints of one task",
+        )
+
+
+def _agreement(own: _Measured, other: _Measured) -> dict[str, float]:
+    data = own.data
+    if data.task.kind == "lm":
+        return _token_agreement(own, other)
+    if data.task.kind == "text2text":
+        pairs = [pair for a, b in zip(own.runs, other.runs, strict=True) for pair in zip(a.texts, b.texts, strict=True)]
+        return {"equal_texts": sum(a == b for a, b in pairs) / len(pairs)}
+    ours = torch.cat([run.scores for run in own.runs if run.scores is not None]).double()
+    theirs = torch.cat([run.scores for run in other.runs if run.scores is not None]).double()
+    if data.task.kind == "regression":
+        from mpocli.train.metrics import compute
+
+        correlation = compute(data.task, ours.tolist(), theirs.tolist())
+        return {"pearson": correlation["pearson"], "mean_abs_difference": float((ours - theirs).abs().mean())}
+    equal = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"labels": float(equal), "kl_nats": float(_kl(theirs, ours).mean())}
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(softmax p ‖ softmax q) row by row, in nats."""
+    log_p, log_q = F.log_softmax(p, -1), F.log_softmax(q, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _token_agreement(own: _Measured, other: _Measured) -> dict[str, float]:
+    """Both models once more, window by window: logits over a vocabulary are too large to keep."""
+    ours = theirs = None
+    equal = total = 0
+    divergence = 0.0
+    ours, theirs = own.load(), other.load()
+    for found, counterpart in zip(own.data.eval, other.data.eval, strict=True):
+        if found.windows is None or counterpart.windows is None or found.windows.ids != counterpart.windows.ids:
+            return {}  # another tokenizer: nothing to compare token by token
+        size = own.options.eval_batch_size
+        for start in range(0, len(found.windows.ids), size):
+            part = _part(found, start, size)
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def watch(logits: Tensor, targets: Tensor, into: list[tuple[Tensor, Tensor]] = seen) -> None:
+                into.append((logits, targets))
+
+            for model, measured in ((ours, own), (theirs, other)):
+                run_set(model, measured.data, part, measured.options, watch=watch)
+            (a, _), (b, _) = seen
+            equal += int((a.argmax(-1) == b.argmax(-1)).sum())
+            divergence += float(_kl(b, a).double().sum())
+            total += len(a)
+    return {"tokens": equal / total, "kl_nats": divergence / total} if total else {}
+
+
+def _part(found: EvalSet, start: int, size: int) -> EvalSet:
+    from dataclasses import replace
+
+    assert found.windows is not None
+    return replace(found, windows=replace(found.windows, ids=found.windows.ids[start : start + size]))
+
+
+def _write_predictions(path: Path, data: TaskData, runs: Sequence[Run]) -> None:
+    lines = []
+    for found, run in zip(data.eval, runs, strict=True):
+        if found.examples is None:
+            raise InputError("--predictions: a language model makes none on --task lm", hint="leave it out")
+        names = data.label_names if data.task.kind == "classification" else ()
+        pairs = found.examples.pairs or [None] * len(found.features)
+        rows = zip(found.examples.texts, pairs, run.predictions, found.labels, strict=True)
+        for index, (text, pair, prediction, label) in enumerate(rows):
+            row: dict[str, Any] = {"text": text} if pair is None else {"text": text, "pair": pair}
+            row |= {"prediction": prediction, "label": label}
+            if names:
+                row |= {"prediction_name": names[prediction], "label_name": names[label]}
+                assert run.scores is not None
+                row["logits"] = [round(value, 6) for value in run.scores[index].tolist()]
+            lines.append(json.dumps(row, ensure_ascii=False))
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror})", hint="choose another --predictions"
+        ) from error
+
+
+def check_gates(
+    report: EvalReport, fail_below: Sequence[tuple[str, float]], max_drop: Sequence[tuple[str, float]]
+) -> list[str]:
+    """What a report misses of the gates, one line each. Raises `InputError` for a metric that it does not have.
+
+    `fail_below` compares a metric with a number, `max_drop` with the baseline's. For perplexities, where less is
+    better, a drop is a rise, and `fail_below` is a bound from above.
+    """
+    missed = []
+    for name, least in fail_below:
+        value, better = _metric(report.metrics, name), _sign(name)
+        if better * value < better * least:
+            missed.append(f"{name} is {value:.4f}, {'at least' if better > 0 else 'at most'} {least:g} was asked for")
+    for name, most in max_drop:
+        if report.baseline is None:
+            raise InputError("--max-drop compares with a baseline", hint="add --baseline MODEL")
+        value, before, better = _metric(report.metrics, name), _metric(report.baseline.metrics, name), _sign(name)
+        if better * (before - value) > most:
+            missed.append(f"{name} went from {before:.4f} to {value:.4f}, a change of {most:g} was allowed")
+    return missed
+
+
+def _metric(metrics: dict[str, float], name: str) -> float:
+    if name not in metrics:
+        raise InputError(f"no metric {name!r} was measured", hint=f"there are {', '.join(metrics) or 'none'}")
+    return metrics[name]
+
+
+def _sign(name: str) -> int:
+    return -1 if "perplexity" in name else 1

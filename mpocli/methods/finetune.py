@@ -1,0 +1,351 @@
+"""finetune: train a checkpoint on a task; of an MPO checkpoint the auxiliary cores alone, if nothing else is said."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpocli.errors import InputError, NumericsError, UsageError
+from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.io.manifest import Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.methods.device import device_of
+from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
+from mpocli.train.best import KeepBest
+from mpocli.train.distill import Distillation
+from mpocli.train.models import load_model
+from mpocli.train.processes import processes, set_seed
+from mpocli.train.segment import (
+    METRICS,
+    MetricsFile,
+    Optimisation,
+    Schedule,
+    SegmentTrainer,
+    Steps,
+    last_checkpoint,
+    train_segment,
+)
+from mpocli.train.updates import roles, set_recompute, set_update
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Options of `mpocli finetune`. `epochs` counts where `steps` is None; `update` None stands for auxiliary cores
+    where there are any, and for everything else otherwise."""
+
+    data: DataOptions
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    update: str | None = None
+    epochs: float = 3.0
+    steps: int | None = None
+    select: str = "last"
+    teacher: str | None = None
+    distill_weight: float = 0.5
+    temperature: float = 2.0
+    distill_hidden: bool = False
+    recompute_weights: bool = False
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for the manifest: names of files without their folders, nothing of the machine."""
+        options = {**self.data.recorded(), **asdict(self.optimisation)}
+        options |= {key: getattr(self, key) for key in ("update", "epochs", "steps", "select")}
+        if self.teacher:
+            options |= {"teacher": Path(self.teacher).name, "distill_weight": self.distill_weight}
+            options |= {"temperature": self.temperature, "distill_hidden": self.distill_hidden}
+        for left_out in ("seed", "report_to", "log_steps", "save_steps"):
+            del options[left_out]
+        return options
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a run did.
+
+    `metrics` on the evaluation set after training and `metrics_before`, `{}` without one; `trainable_params` is what
+    the optimiser holds; `seconds` the whole run, `step_seconds` the training alone. `is_writer` is false in all but
+    the first process of several, which measures and writes nothing.
+    """
+
+    out: str
+    seconds: float
+    step_seconds: float
+    steps: int
+    resumed_from: int
+    update: str
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    test_metrics: dict[str, float]
+    selected_step: int
+    trainable_params: int
+    trainable_by_role: dict[str, int]
+    totals: Totals
+    truncated: dict[str, int]
+    is_writer: bool = True
+
+
+def run(
+    model: str,
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> FinetuneReport:
+    """Fine-tune a directory or hub model into a new directory `out`; returns what the run measured.
+
+    While it lasts, `<out>.training` holds its checkpoints and `metrics.jsonl`; `resume` goes on from the newest.
+    Under `accelerate launch` or torchrun every process calls this, and the first one writes. Raises `InputError`
+    for data or a model that cannot be used, `NumericsError` where training leaves the finite numbers (the last good
+    checkpoint stays), `UsageError` for options that contradict one another.
+    """
+    started = time.perf_counter()
+    device = device_of(config.device)
+    state = processes(device)
+    if state.num_processes > 1:
+        device = state.device
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
+    schedule, steps = _schedule(config, len(data.train), state.num_processes)
+    training = out.resolve().with_name(f"{out.resolve().name}.training")
+    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
+    done = _training_directory(training, options, resume=resume, overwrite=overwrite, writes=state.is_main_process)
+    state.wait_for_everyone()
+
+    set_seed(config.optimisation.seed)
+    student = _student(checkpoint, data, config)
+    update = config.update or ("auxiliary" if checkpoint.is_mpo else "all")
+    set_update(student, update)
+    set_recompute(student, config.recompute_weights)
+    distillation = _distillation(config, data, checkpoint)
+    callbacks: list[Any] = [MetricsFile(training / METRICS), *([Steps(progress)] if progress else [])]
+    if config.select == "best":
+        callbacks.append(_keep_best(training, data, config, checkpoint))
+    trainer = SegmentTrainer(
+        student,
+        data.train,
+        data.collator(training=True),
+        config.optimisation,
+        schedule,
+        steps,
+        training,
+        device=device,
+        callbacks=callbacks,
+        distillation=distillation,
+    )
+    before = _on_main(state, lambda: evaluate(student, data, config.data))
+    set_seed(config.optimisation.seed)
+    trained_from = time.perf_counter()
+    train_segment(trainer, done)
+    step_seconds = time.perf_counter() - trained_from
+    selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
+    trainable = _count_trainable(student)
+    report = FinetuneReport(
+        out=str(out),
+        seconds=0.0,
+        step_seconds=step_seconds,
+        steps=steps,
+        resumed_from=int(done.name.rpartition("-")[2]) if done else 0,
+        update=update,
+        metrics={},
+        metrics_before=before,
+        test_metrics={},
+        selected_step=selected,
+        trainable_params=trainable[0],
+        trainable_by_role=trainable[1],
+        totals=checkpoint.totals(),
+        truncated=data.truncated,
+        is_writer=bool(state.is_main_process),
+    )
+    if report.is_writer:
+        _check_finite(student)
+        after = evaluate(student, data, config.data)
+        recorded = {**config.recorded(), "update": update}
+        seed = config.optimisation.seed
+        with output_directory(out) as work:
+            totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after)
+            shutil.copyfile(training / METRICS, work / METRICS)
+        shutil.rmtree(training, ignore_errors=True)
+        test = evaluate(student, data, config.data, split="test")
+        seconds = time.perf_counter() - started
+        report = replace(report, seconds=seconds, metrics=after, test_metrics=test, totals=totals)
+    state.wait_for_everyone()
+    return report
+
+
+def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Schedule, int]:
+    chosen = config.optimisation
+    per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
+    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
+
+
+def _training_directory(
+    directory: Path, options: dict[str, Any], *, resume: bool, overwrite: bool, writes: bool
+) -> Path | None:
+    """The checkpoint to go on from, None to begin. Raises `InputError` where the options are not those that began."""
+    record = directory / "run.json"
+    if resume:
+        if not record.is_file():
+            raise InputError(f"{directory}: no interrupted run to resume", hint="run without --resume")
+        begun = json.loads(record.read_text())
+        changed = sorted(key for key in options.keys() | begun.keys() if options.get(key) != begun.get(key))
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{directory}: the interrupted run had {key} = {begun.get(key)!r}, this one has {options.get(key)!r}",
+                hint="resume with the same options, or delete that directory to begin anew",
+            )
+        return last_checkpoint(directory)
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise InputError(
+            f"{directory}: is left of an interrupted run", hint="pass --resume to go on, or --overwrite to begin anew"
+        )
+    if writes:
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            directory.mkdir(parents=True)
+            record.write_text(json.dumps(options))
+            (directory / METRICS).touch()
+        except OSError as error:
+            raise InputError(
+                f"{directory}: cannot be written ({error.strerror})", hint="choose another --out"
+            ) from error
+    return None
+
+
+def _student(checkpoint: Checkpoint, data: TaskData, config: FinetuneConfig) -> Any:
+    model = load_model(
+        checkpoint.source.directory,
+        checkpoint.config,
+        data.task,
+        data.family,
+        data.label_names,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = data.pad
+    return model
+
+
+def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint) -> Distillation | None:
+    if config.teacher is None:
+        return None
+    found = Checkpoint.open(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher = load_model(
+        found.source.directory,
+        found.config,
+        data.task,
+        data.family,
+        data.label_names,
+        trust_remote_code=config.trust_remote_code,
+    )
+    sizes = found.config.vocab_size, checkpoint.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"--teacher {config.teacher}: a vocabulary of {sizes[0]}, the student has {sizes[1]}",
+            hint="teacher and student must share a tokenizer",
+        )
+    return Distillation(teacher.requires_grad_(False), config.distill_weight, config.temperature, config.distill_hidden)
+
+
+def _keep_best(training: Path, data: TaskData, config: FinetuneConfig, checkpoint: Checkpoint) -> KeepBest:
+    def measure(model: Any) -> float:
+        value = evaluate(model, data, config.data, split="held_out")[data.task.main_metric]
+        return value if data.task.greater_is_better else -value
+
+    return KeepBest(training / "best", measure)
+
+
+def _take_best(model: Any, best: KeepBest) -> int:
+    if best.step is None:
+        raise UsageError("--select best: nothing was evaluated", hint="train for one epoch at least")
+    best.restore(model)
+    return best.step
+
+
+def _on_main(state: Any, call: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Evaluate on the first process while the others wait."""
+    result = call() if state.is_main_process else {}
+    state.wait_for_everyone()
+    return result
+
+
+def _count_trainable(model: Any) -> tuple[int, dict[str, int]]:
+    counts = {"auxiliary": 0, "central": 0, "other": 0}
+    for _, parameter, role in roles(model):
+        if parameter.requires_grad:
+            counts[role] += parameter.numel()
+    return sum(counts.values()), counts
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(f"{name} is not finite after training", hint="lower --lr or --mpo-lr")
+
+
+def summary(out: str, seeds: tuple[int, ...], reports: Sequence[FinetuneReport]) -> SeedsReport:
+    """Mean and sample standard deviation of every metric over the seeds."""
+    names = reports[0].metrics
+    values = {name: [report.metrics[name] for report in reports] for name in names}
+    before = [report.metrics_before for report in reports]
+    return SeedsReport(
+        out=out,
+        seeds=seeds,
+        metrics={name: statistics.mean(found) for name, found in values.items()},
+        metrics_std={name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()},
+        metrics_before={name: statistics.mean(found[name] for found in before) for name in before[0]},
+        trainable_params=reports[0].trainable_params,
+        totals=reports[0].totals,
+        runs=tuple(reports),
+    )
+
+
+@dataclass(frozen=True)
+class SeedsReport:
+    """Several runs that differ by their seed alone; `metrics` are means over them, `metrics_std` their spread."""
+
+    out: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, float]
+    metrics_std: dict[str, float]
+    metrics_before: dict[str, float]
+    trainable_params: int
+    totals: Totals
+    runs: tuple[FinetuneReport, ...]
+
+
+def run_seeds(
+    model: str,
+    config: FinetuneConfig,
+    out: Path,
+    seeds: tuple[int, ...],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> tuple[FinetuneReport, ...]:
+    """One run a seed, in `out/seed-<k>`. Finished ones are not run again by `resume`."""
+    reports = []
+    for seed in seeds:
+        place = out / f"seed-{seed}"
+        one = replace(config, optimisation=replace(config.optimisation, seed=seed))
+        begun = place.with_name(f"{place.name}.training").exists()
+        reports.append(run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress))
+    return tuple(reports)

@@ -1,0 +1,271 @@
+"""A task's data, read and encoded for one checkpoint; and a model's metrics on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpocli.errors import InputError, UsageError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.train.data import Examples, read_examples, read_text, references, split_off
+from mpocli.train.encode import Windows, collate, encode, lm_windows, pad_id
+from mpocli.train.models import Family, family_of, load_tokenizer
+from mpocli.train.predict import Progress, Run, mask_tokens, run_examples, run_generation, run_windows, score
+from mpocli.train.tasks import Task, task_named
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train and evaluate on, and how it becomes tokens."""
+
+    task: str
+    train: str | None = None
+    eval: tuple[str, ...] = ()
+    test: str | None = None
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    limit: int | None = None
+    max_length: int = 128
+    eval_batch_size: int = 32
+    precision: str = "fp32"
+    max_new_tokens: int = 96
+    tokenizer: str | None = None
+    seed: int = 0
+
+    def recorded(self) -> dict[str, Any]:
+        """For the manifest: files by their names, without their folders."""
+        options = asdict(self)
+        for key in ("train", "test", "tokenizer"):
+            options[key] = options[key] and Path(options[key]).name
+        options["eval"] = [Path(name).name for name in self.eval]
+        for left_out in ("eval_batch_size", "precision", "seed"):
+            del options[left_out]
+        return options
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One evaluation file: features or windows, and what is right. `examples` is None for language modelling."""
+
+    source: str
+    suffix: str
+    examples: Examples | None
+    features: list[dict[str, Any]]
+    labels: Sequence[Any]
+    windows: Windows | None
+
+    @property
+    def samples(self) -> int:
+        return len(self.windows.ids) if self.windows else len(self.features)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Everything a run needs of the data. `truncated` counts the examples cut to the maximum length, by split."""
+
+    task: Task
+    family: Family
+    tokenizer: Any
+    pad: int
+    label_names: tuple[str, ...]
+    train: list[dict[str, Any]]
+    eval: tuple[EvalSet, ...]
+    held_out: tuple[EvalSet, ...] = ()
+    test: tuple[EvalSet, ...] = ()
+    truncated: dict[str, int] = field(default_factory=dict)
+
+    def collator(self, *, training: bool) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        def collator(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = collate(features, self.pad)
+            if training and self.family == "masked":
+                batch["labels"] = mask_tokens(batch, self.tokenizer)
+            return batch
+
+        return collator
+
+
+def prepare(
+    checkpoint: Checkpoint, options: DataOptions, *, needs_train: bool = False, holdout: bool = False
+) -> TaskData:
+    """Read and tokenise all files of a task. Raises `InputError` and `UsageError` as `train.data` does."""
+    task = task_named(options.task)
+    family = family_of(task, checkpoint.config)
+    tokenizer = load_tokenizer(
+        checkpoint.source.directory, options.tokenizer, trust_remote_code=checkpoint.trust_remote_code
+    )
+    pad = pad_id(tokenizer)
+    _check_length(checkpoint, options.max_length)
+    train_source = options.train or (task.hub if needs_train else "")
+    if needs_train and not train_source:
+        raise UsageError(f"--task {task.name} needs --train FILE", hint="name a tsv, csv, jsonl, parquet or txt file")
+    expected = _expected_labels(task, checkpoint)
+    truncated: dict[str, int] = {}
+    train: list[dict[str, Any]] = []
+    held_out: tuple[EvalSet, ...] = ()
+    label_names = expected
+    # An encoder-decoder classifies from its end-of-sequence token, which not every tokenizer adds.
+    how: Any = "seq2seq" if checkpoint.config.is_encoder_decoder else "causal" if family == "causal" else "encoder"
+    reader = _Reader(task, family, tokenizer, options, how)
+    if task.kind == "lm":
+        if train_source:
+            windows = reader.windows(train_source)
+            cut = max(1, len(windows.ids) // 10) if holdout else 0
+            if holdout:
+                held_out = (_window_set(train_source, replace(windows, ids=windows.ids[-cut:])),)
+            kept = windows.ids[: len(windows.ids) - cut] if cut else windows.ids
+            least = 1 if family == "masked" else 2  # one token alone predicts nothing
+            train = [_window_feature(ids, family) for ids in kept if len(ids) >= least]
+            if not train:
+                raise InputError(f"{train_source}: too short to train on", hint="name a longer text")
+        evals = tuple(_window_set(source, reader.windows(source)) for source in options.eval)
+        tests = tuple(_window_set(source, reader.windows(source)) for source in (options.test,) if source)
+        return TaskData(task, family, tokenizer, pad, (), train, evals, held_out, tests, truncated)
+    if train_source:
+        examples = reader.examples(train_source, expected, limit=options.limit)
+        label_names = examples.label_names or expected
+        if holdout:
+            examples, rest = split_off(examples, 0.1, options.seed)
+            held_out = (reader.eval_set(rest, "", truncated, "held_out"),)
+        encoded = encode(examples, task, tokenizer, max_length=options.max_length, family=reader.how)
+        train, truncated["train"] = encoded.features, encoded.truncated
+    evals = _eval_sets(reader, options.eval, label_names, truncated, "eval")
+    tests = _eval_sets(reader, (options.test,) if options.test else (), label_names, truncated, "test")
+    if not label_names and evals and evals[0].examples:
+        label_names = evals[0].examples.label_names
+    return TaskData(task, family, tokenizer, pad, label_names, train, evals, held_out, tests, truncated)
+
+
+def _check_length(checkpoint: Checkpoint, length: int) -> None:
+    most = getattr(checkpoint.config, "max_position_embeddings", None) or getattr(
+        checkpoint.config, "n_positions", None
+    )
+    # RoBERTa's positions begin after its padding index.
+    offset = 2 if checkpoint.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    if isinstance(most, int) and most > 0 and length > most - offset:
+        raise UsageError(
+            f"--max-length {length}: the model has {most - offset} positions", hint=f"at most {most - offset}"
+        )
+
+
+def _expected_labels(task: Task, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The task's class names, or for one without those of the checkpoint's own head."""
+    if task.labels or task.kind != "classification":
+        return task.labels
+    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
+    if name.endswith("ForSequenceClassification"):
+        return tuple(str(checkpoint.config.id2label[k]) for k in sorted(checkpoint.config.id2label))
+    return ()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    task: Task
+    family: Family
+    tokenizer: Any
+    options: DataOptions
+    how: Any
+
+    def examples(
+        self, source: str, label_names: tuple[str, ...], *, limit: int | None = None, needs_labels: bool = True
+    ) -> Examples:
+        return read_examples(
+            source,
+            self.task,
+            text_columns=self.options.text_columns,
+            label_column=self.options.label_column,
+            limit=limit,
+            seed=self.options.seed,
+            needs_labels=needs_labels,
+            label_names=() if self.task.labels else label_names,
+        )
+
+    def windows(self, source: str) -> Windows:
+        column = self.options.text_columns[0] if self.options.text_columns else None
+        text = read_text(source, text_column=column)
+        try:
+            return lm_windows(text, self.tokenizer, self.options.max_length, masked=self.family == "masked")
+        except InputError as error:
+            raise InputError(f"{source}: {error.message}", hint=error.hint) from error
+
+    def eval_set(self, examples: Examples, suffix: str, truncated: dict[str, int], split: str) -> EvalSet:
+        labels: Sequence[Any] = examples.labels or ()
+        shown = examples
+        if self.task.kind == "text2text":
+            sources, labels = references(examples)
+            shown = replace(examples, texts=tuple(sources), labels=None, lines=examples.lines[: len(sources)])
+        encoded = encode(
+            replace(shown, labels=None), self.task, self.tokenizer, max_length=self.options.max_length, family=self.how
+        )
+        truncated[split] = truncated.get(split, 0) + encoded.truncated
+        return EvalSet(examples.source, suffix, shown, encoded.features, labels, None)
+
+
+def _eval_sets(
+    reader: _Reader, sources: Sequence[str], label_names: tuple[str, ...], truncated: dict[str, int], split: str
+) -> tuple[EvalSet, ...]:
+    if len(sources) > (2 if reader.task.name == "mnli" else 1):
+        raise UsageError(f"{len(sources)} files to evaluate task {reader.task.name} on", hint="name one (MNLI: two)")
+    suffixes = ("", "_mm")
+    return tuple(
+        reader.eval_set(reader.examples(source, label_names), suffix, truncated, split)
+        for source, suffix in zip(sources, suffixes, strict=False)
+    )
+
+
+def _window_set(source: str, windows: Windows) -> EvalSet:
+    return EvalSet(source, "", None, [], (), windows)
+
+
+def _window_feature(ids: list[int], family: Family) -> dict[str, Any]:
+    feature: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    if family == "causal":
+        feature["labels"] = list(ids)
+    return feature
+
+
+def run_set(
+    model: Any,
+    data: TaskData,
+    found: EvalSet,
+    options: DataOptions,
+    *,
+    progress: Progress | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Run:
+    """A model over one evaluation set."""
+    shared: dict[str, Any] = {
+        "batch_size": options.eval_batch_size,
+        "precision": options.precision,
+        "progress": progress,
+    }
+    if found.windows is not None:
+        return run_windows(model, data.tokenizer, found.windows, data.family, watch=watch, **shared)
+    if data.task.kind == "text2text":
+        return run_generation(
+            model,
+            data.tokenizer,
+            found.features,
+            family=data.family,
+            max_new_tokens=options.max_new_tokens,
+            **shared,
+        )
+    return run_examples(model, data.tokenizer, found.features, data.task, **shared)
+
+
+def evaluate(model: Any, data: TaskData, options: DataOptions, *, split: str = "eval") -> dict[str, float]:
+    """The task's metrics on a split of the data; `{}` where there is none."""
+    metrics: dict[str, float] = {}
+    for found in getattr(data, split):
+        run = run_set(model, data, found, options)
+        metrics |= score_set(data, found, run)
+    return metrics
+
+
+def score_set(data: TaskData, found: EvalSet, run: Run) -> dict[str, float]:
+    """The metrics of a run over one set; those that MNLI's second set gives are marked `_mm`."""
+    task = replace(data.task, metrics=tuple(m for m in data.task.metrics if not m.endswith("_mm")))
+    return score(task, data.family, run, found.labels, suffix=found.suffix)

@@ -1,0 +1,57 @@
+"""Keep the weights that did best on held-out data, once an epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class KeepBest(TrainerCallback):  # type: ignore[misc]
+    """Calls `measure(model)` at the end of every epoch and of the training; larger is better, the first best counts.
+
+    The state lives in `directory`, so that a resumed run knows it.
+    """
+
+    def __init__(self, directory: Path, measure: Callable[[Any], float]) -> None:
+        self.directory = directory
+        self.measure = measure
+        self.value: float | None = None
+        self.step: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        record = self.directory / "best.json"
+        if record.is_file():
+            found = json.loads(record.read_text())
+            if found["step"] <= state.global_step:
+                self.value, self.step = found["value"], found["step"]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._look(state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._look(state, model)
+
+    def _look(self, state: Any, model: Any) -> None:
+        # Every process measures: all must come to the same choice.
+        value = self.measure(model)
+        if self.value is not None and value <= self.value:
+            return
+        self.value, self.step = value, state.global_step
+        if state.is_world_process_zero:
+            self.directory.mkdir(exist_ok=True)
+            temporary = self.directory / "weights.partial"
+            torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, temporary)
+            temporary.replace(self.directory / "weights.pt")
+            (self.directory / "best.json").write_text(json.dumps({"value": value, "step": self.step}))
+
+    @torch.no_grad()
+    def restore(self, model: Any) -> None:
+        """Put the best weights into the model."""
+        best = torch.load(self.directory / "weights.pt", weights_only=True)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(best[name])

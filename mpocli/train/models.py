@@ -1,0 +1,116 @@
+"""Load the model class that a task needs from a checkpoint, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from mpocli.errors import InputError
+from mpocli.train.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Family = Literal["encoder", "causal", "masked", "seq2seq"]
+
+
+def family_of(task: Task, config: PretrainedConfig) -> Family:
+    """How a model of this configuration does the task: as classifier (`encoder`), or by one kind of language model.
+
+    The architecture that was saved decides; a bare body counts as what its type is mostly used for. Raises
+    `InputError` for a task that the model cannot do.
+    """
+    if task.kind in ("classification", "regression"):
+        return "encoder"
+    from transformers.models.auto import modeling_auto as auto
+
+    name = (getattr(config, "architectures", None) or [""])[0] or ""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        family: Family = "seq2seq"
+    elif name.endswith(("ForMaskedLM", "ForPreTraining")):
+        family = "masked"
+    elif name.endswith(("ForCausalLM", "LMHeadModel")):
+        family = "causal"
+    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        family = "masked"
+    elif kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        family = "causal"
+    else:
+        raise InputError(f"--task {task.name}: a {kind} model is no language model", hint="choose another --task")
+    if task.kind == "lm" and family == "seq2seq":
+        raise InputError(
+            f"--task lm: a {kind} model is an encoder-decoder, and lm needs a causal or a masked one",
+            hint="use --task text2text",
+        )
+    if task.kind == "text2text" and family == "masked":
+        raise InputError(f"--task {task.name}: a {kind} encoder cannot write text", hint="name a causal or seq2seq one")
+    return family
+
+
+def load_model(
+    directory: Path,
+    config: PretrainedConfig,
+    task: Task,
+    family: Family,
+    label_names: tuple[str, ...],
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in float32. A head that the checkpoint lacks is drawn from torch's generator.
+
+    Raises `InputError` where the checkpoint has a classification head for another number of classes.
+    """
+    import transformers as tf
+
+    auto: Any = {
+        "encoder": tf.AutoModelForSequenceClassification,
+        "causal": tf.AutoModelForCausalLM,
+        "masked": tf.AutoModelForMaskedLM,
+        "seq2seq": tf.AutoModelForSeq2SeqLM,
+    }[family]
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    if family == "encoder":
+        count = 1 if task.kind == "regression" else len(label_names)
+        _check_head(config, task, count)
+        options["num_labels"] = count
+        options["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
+        if label_names:
+            options["id2label"] = dict(enumerate(label_names))
+            options["label2id"] = {name: index for index, name in enumerate(label_names)}
+    try:
+        model: PreTrainedModel = auto.from_pretrained(directory, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"{directory}: does not load as {auto.__name__.removeprefix('AutoModelFor')} ({line.strip()[:200]})",
+            hint="choose a --task that the model can do",
+        ) from error
+    return model
+
+
+def _check_head(config: PretrainedConfig, task: Task, count: int) -> None:
+    name = (getattr(config, "architectures", None) or [""])[0] or ""
+    if name.endswith("ForSequenceClassification") and config.num_labels != count:
+        raise InputError(
+            f"the checkpoint's head has {config.num_labels} classes, task {task.name} has {count}",
+            hint="start from the body, or from a checkpoint of the same task",
+        )
+
+
+def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer, or the one of another model; `InputError` where there is none."""
+    from transformers import AutoTokenizer
+
+    source = name or directory
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers' own code on a user's files: anything can come out of it
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"{source}: no tokenizer that can be used ({line.strip()[:160]})", hint="name another with --tokenizer"
+        ) from error

@@ -1,0 +1,246 @@
+"""Run a model over evaluation data: what it predicts, how well, how fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpocli.errors import NumericsError
+from mpocli.train.encode import IGNORE, Windows, collate, pad_id
+from mpocli.train.metrics import compute, language_modelling, perplexity
+from mpocli.train.models import Family
+from mpocli.train.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Of the tokens of a masked model's window, this share is hidden and asked for: BERT's own.
+MASK_SHARE = 0.15
+_MASK_SEED = 20210801
+
+
+@dataclass
+class Run:
+    """What a model said about every sample, in their order, and the time it took.
+
+    `scores`: (samples, classes) logits, or (samples,) for a regression; `texts` for text to text; `nll` the sum of
+    −ln p over `tokens` predicted tokens. `seconds` and `sizes` (tokens without padding) are per batch.
+    """
+
+    scores: Tensor | None = None
+    texts: list[str] = field(default_factory=list)
+    nll: float = 0.0
+    tokens: int = 0
+    words: int = 0
+    samples: int = 0
+    seconds: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def predictions(self) -> list[Any]:
+        """Class indices, scores or texts."""
+        if self.scores is None:
+            return self.texts
+        return list((self.scores.argmax(-1) if self.scores.dim() == 2 else self.scores).tolist())
+
+
+Progress = Callable[[int, int], None]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def run_examples(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    features: Sequence[dict[str, Any]],
+    task: Task,
+    *,
+    batch_size: int = 32,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Run:
+    """Classify or score every example. Batches are of similar length; results come in the examples' order."""
+    run = Run(samples=len(features))
+    order, outputs = _by_length(features), []
+    with _evaluating(model):
+        for batch in _batches(order, batch_size):
+            inputs = collate([_inputs(features[i]) for i in batch], pad_id(tokenizer))
+            with autocast(model.device, precision):
+                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model.device)
+            outputs.append(logits.float().cpu())
+            if progress:
+                progress(len(run.sizes), -(-len(order) // batch_size))
+    scores = torch.empty_like(torch.cat(outputs))
+    scores[torch.tensor(order)] = torch.cat(outputs)
+    bad = int((~torch.isfinite(scores)).any(-1).sum())
+    if bad:
+        raise NumericsError(f"{bad} of {len(scores)} predictions are not finite", hint="the model is broken")
+    run.scores = scores.squeeze(-1) if task.kind == "regression" else scores
+    return run
+
+
+@torch.no_grad()
+def run_generation(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    features: Sequence[dict[str, Any]],
+    *,
+    family: Family,
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Run:
+    """Write a text for every source, greedily. A decoder-only model's sources are padded on the left."""
+    run = Run(samples=len(features))
+    order = _by_length(features)
+    texts: dict[int, str] = {}
+    pad = pad_id(tokenizer)
+    with _evaluating(model):
+        for batch in _batches(order, batch_size):
+            side: Any = "left" if family == "causal" else "right"
+            inputs = collate([_inputs(features[i]) for i in batch], pad, side=side)
+            inputs.pop("token_type_ids", None)
+            length = inputs["input_ids"].shape[1] if family == "causal" else 0
+            with autocast(model.device, precision):
+                made = _timed(run, inputs, lambda moved: _generate(model, moved, pad, max_new_tokens), model.device)
+            for i, row in zip(batch, made[:, length:].tolist(), strict=True):
+                texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            if progress:
+                progress(len(run.sizes), -(-len(order) // batch_size))
+    run.texts = [texts[i] for i in range(len(features))]
+    return run
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], pad: int, max_new_tokens: int) -> Tensor:
+    made: Tensor = model.generate(
+        **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad
+    )
+    return made
+
+
+@torch.no_grad()
+def run_windows(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    windows: Windows,
+    family: Family,
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Run:
+    """Sum −ln p over the tokens of a text: every next one for a causal model, a seeded 15 % for a masked one.
+
+    `watch(logits, targets)` is given the predictions of every batch: (tokens, vocabulary) and (tokens,).
+    """
+    run = Run(samples=len(windows.ids), words=windows.words)
+    pad, generator = pad_id(tokenizer), torch.Generator().manual_seed(_MASK_SEED)
+    with _evaluating(model):
+        for start in range(0, len(windows.ids), batch_size):
+            ids = windows.ids[start : start + batch_size]
+            features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+            inputs = collate(features, pad)
+            if family == "masked":
+                targets = mask_tokens(inputs, tokenizer, generator, always=True)
+            else:
+                targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)[:, 1:]
+            with autocast(model.device, precision):
+                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model.device)
+            logits = (logits if family == "masked" else logits[:, :-1]).float()
+            targets = targets.to(logits.device)
+            asked = targets != IGNORE
+            logits, targets = logits[asked], targets[asked]
+            run.nll += float(F.cross_entropy(logits, targets, reduction="sum").double())
+            run.tokens += len(targets)
+            if watch:
+                watch(logits, targets)
+            if progress:
+                progress(len(run.sizes), -(-len(windows.ids) // batch_size))
+    return run
+
+
+def mask_tokens(
+    inputs: dict[str, Tensor], tokenizer: Any, generator: torch.Generator | None = None, *, always: bool = False
+) -> Tensor:
+    """Hide 15 % of a batch's tokens in place, at least one a row; returns the labels, −100 elsewhere.
+
+    Of the chosen ones 80 % become the mask token, 10 % a random one and 10 % stay (Devlin et al., 2019); `always`
+    masks them all, for evaluation.
+    """
+    ids = inputs["input_ids"]
+    special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
+    chances = torch.rand(ids.shape, generator=generator).masked_fill(special | (inputs["attention_mask"] == 0), 2.0)
+    chosen = (chances < MASK_SHARE) | ((chances == chances.amin(1, keepdim=True)) & (chances < 2.0))
+    labels = ids.masked_fill(~chosen, IGNORE)
+    how = torch.rand(ids.shape, generator=generator)
+    masked = chosen if always else chosen & (how < 0.8)
+    ids[masked] = tokenizer.mask_token_id
+    if not always:
+        drawn = torch.randint(len(tokenizer), ids.shape, generator=generator)
+        random = chosen & (how >= 0.9)
+        ids[random] = drawn[random]
+    return labels
+
+
+def score(task: Task, family: Family, run: Run, labels: Sequence[Any], *, suffix: str = "") -> dict[str, float]:
+    """The task's metrics of a run, under house keys."""
+    if task.kind != "lm":
+        return compute(task, run.predictions, labels, suffix=suffix)
+    if family == "masked":  # words have no meaning where one token in seven is asked for
+        return {"perplexity": perplexity(run.nll, run.tokens)}
+    return language_modelling(run.nll, run.tokens, run.words)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def _inputs(feature: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in feature.items() if key != "labels"}
+
+
+def _by_length(features: Sequence[dict[str, Any]]) -> list[int]:
+    return sorted(range(len(features)), key=lambda i: (len(features[i]["input_ids"]), i))
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _timed(
+    run: Run, inputs: dict[str, Tensor], call: Callable[[dict[str, Tensor]], Tensor], device: torch.device
+) -> Tensor:
+    moved = {key: value.to(device) for key, value in inputs.items()}
+    run.sizes.append(int(inputs["attention_mask"].sum()))
+    started = time.perf_counter()
+    result = call(moved)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    run.seconds.append(time.perf_counter() - started)
+    return result
+
+
+class _evaluating:
+    """The model in evaluation mode, and back in the one it was in."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)

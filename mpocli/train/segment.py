@@ -1,0 +1,291 @@
+"""One segment of training: modules, optimiser, schedule and data-parallel wrapping built from a saved state.
+
+Whatever changes shapes in mid-training (resuming, squeezing, over-parameterising) ends one segment and begins the
+next: no optimiser ever outlives the tensors it was built for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from mpocli.errors import InputError, NumericsError
+from mpocli.train.distill import Distillation
+from mpocli.train.updates import parameter_groups
+
+METRICS = "metrics.jsonl"
+_CHECKPOINT = "checkpoint-"
+# A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
+_LEAST_SAVE_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How to optimise: the options of `finetune` that are about steps, not about data."""
+
+    lr: float = 1e-4
+    mpo_lr: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    clip: float = 1.0
+    batch_size: int = 32
+    accumulation: int = 1
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    log_steps: int = 50
+    save_steps: int | None = None
+    report_to: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up over `warmup` steps, then linearly to zero at `total`; `first` steps are behind this segment.
+
+    >>> [round(Schedule(10, 2).factor(step), 2) for step in (0, 1, 2, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    total: int
+    warmup: int
+    first: int = 0
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate, at a step of this segment."""
+        step += self.first
+        if step < self.warmup:
+            return step / self.warmup
+        return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
+
+
+class SegmentTrainer(Trainer):  # type: ignore[misc]
+    """HF's Trainer with parameter groups by role, this module's schedule, and an end at the first NaN."""
+
+    def __init__(
+        self,
+        model: Any,
+        features: Sequence[dict[str, Any]],
+        collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
+        optimisation: Optimisation,
+        schedule: Schedule,
+        steps: int,
+        directory: Path,
+        *,
+        device: torch.device,
+        callbacks: Sequence[TrainerCallback] = (),
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.optimisation = optimisation
+        self.schedule = schedule
+        self.distillation = distillation
+        self.lengths = [len(feature["input_ids"]) for feature in features]
+        super().__init__(
+            model=model,
+            args=_arguments(optimisation, steps, directory, device),
+            train_dataset=list(features),
+            data_collator=collator,
+            callbacks=[*callbacks],
+        )
+        self.remove_callback(PrinterCallback)  # which prints to stdout
+        if optimisation.gradient_checkpointing and model.supports_gradient_checkpointing:
+            # The name changed on the way to transformers 6.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        if distillation is not None:
+            distillation.teacher.to(self.args.device).eval()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        chosen = self.optimisation
+        groups = parameter_groups(
+            self.model, chosen.lr, chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr, chosen.weight_decay
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        chosen = self.optimisation
+        size = chosen.batch_size * chosen.accumulation * self.args.world_size
+        return ByLength(self.lengths, size if chosen.group_by_length else None, chosen.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "output_hidden_states": self.distillation.hidden}, True, num_items_in_batch
+        )
+        loss = self.distillation.loss(loss, outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise NumericsError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}", hint="lower --lr or --mpo-lr"
+            )
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise NumericsError(
+                    f"{name} is not finite after step {self.state.global_step}", hint="lower --lr or --mpo-lr"
+                )
+        super()._save_checkpoint(*args, **kwargs)
+
+
+def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=chosen.batch_size,
+        gradient_accumulation_steps=chosen.accumulation,
+        max_steps=steps,
+        learning_rate=chosen.lr,
+        max_grad_norm=chosen.clip,
+        bf16=chosen.precision == "bf16",
+        fp16=chosen.precision == "fp16",
+        use_cpu=device.type == "cpu",
+        logging_steps=chosen.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=chosen.save_steps or max(_LEAST_SAVE_STEPS, steps // 10),
+        save_total_limit=2,
+        report_to=list(chosen.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=chosen.seed,
+        data_seed=chosen.seed,
+    )
+
+
+class ByLength(Sampler[int]):
+    """All samples in a random order that keeps similar lengths together, or plainly random without `batch_size`.
+
+    A function of seed and epoch alone, so that a resumed run sees the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int | None, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.batch_size is None:
+            return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+# --- what is written along the way ------------------------------------------------------------------------------------
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """`metrics.jsonl`: one line for every logged step. A resumed run drops what lies behind its first step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            keys = ("loss", "learning_rate", "grad_norm", "epoch")
+            line = {"step": state.global_step, **{key: _plain(logs[key]) for key in keys if key in logs}}
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """Tells `progress(step, total, loss line)` after every step."""
+
+    def __init__(self, progress: Callable[[int, int, str], None]) -> None:
+        self.progress = progress
+        self.line = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.line = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}"
+            self._tell(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, self.line)
+
+
+def _plain(value: Any) -> float:
+    return float(value)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # half a line, left by a kill
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of a training directory; the state file is the last that is written."""
+    found = []
+    for path in directory.glob(f"{_CHECKPOINT}*"):
+        number = path.name.removeprefix(_CHECKPOINT)
+        try:
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if number.isdigit() and int(number) == step:
+            found.append((step, path))
+    return max(found)[1] if found else None
+
+
+def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
+    """Run a segment to its end, from a checkpoint of it if given.
+
+    Raises `NumericsError` at a loss or tensor that is not finite and `InputError` where a checkpoint cannot be
+    written; the last good one stays.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except OSError as error:
+        raise _unwritable(trainer, error) from error
+    except Exception as error:  # safetensors and torch wrap the system's error in classes of their own
+        text = str(error)
+        if "No space left" in text or "os error 28" in text or "unexpected pos" in text or "file write failed" in text:
+            raise _unwritable(trainer, error) from error
+        raise
+
+
+def _unwritable(trainer: SegmentTrainer, error: Exception) -> InputError:
+    directory = Path(str(trainer.args.output_dir))
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(
+        f"{directory}: a checkpoint cannot be written ({first_line})",
+        hint="free some space and run again with --resume",
+    )
