@@ -87,6 +87,7 @@ def data_options(
     limit: int | None = None,
     max_length: int = 128,
     eval_batch_size: int = 32,
+    batch_option: str = "--eval-batch-size",
     precision: str = "fp32",
     max_new_tokens: int = 96,
     tokenizer: str | None = None,
@@ -97,7 +98,7 @@ def data_options(
         raise UsageError("--task is missing", hint="--task sst2, for example; see --help for the names")
     at_least("--max-length", max_length, 2)
     at_least("--limit", limit, 1)
-    at_least("--eval-batch-size", eval_batch_size, 1)
+    at_least(batch_option, eval_batch_size, 1)
     at_least("--max-new-tokens", max_new_tokens, 1)
 
     from mpocli.methods.task_data import DataOptions

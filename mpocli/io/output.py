@@ -71,8 +71,18 @@ def output_directory(path: Path) -> Iterator[Path]:
         _sync_directory(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
+    except Exception as error:
+        if is_no_room(error):
+            raise _unwritable(path, error) from error
+        raise
     finally:
         _remove(work)
+
+
+def is_no_room(error: Exception) -> bool:
+    """Whether an error is the system's about writing, in a class of safetensors' or torch's own."""
+    text = str(error)
+    return any(words in text for words in ("No space left", "File too large", "unexpected pos", "file write failed"))
 
 
 def _remove(directory: Path) -> None:
@@ -84,9 +94,9 @@ def _remove(directory: Path) -> None:
         raise
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+def _unwritable(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); nothing was left behind",
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing was left behind",
         hint="free some space or choose another --out",
     )
 

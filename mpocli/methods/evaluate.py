@@ -19,7 +19,15 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.io.manifest import Totals
 from mpocli.methods.device import device_of
 from mpocli.methods.memory import peak_memory, reset_peak_memory
-from mpocli.methods.task_data import DataOptions, EvalSet, TaskData, prepare, run_set, score_set
+from mpocli.methods.task_data import (
+    DataOptions,
+    EvalSet,
+    TaskData,
+    check_trained_head,
+    prepare,
+    run_set,
+    score_set,
+)
 from mpocli.train.models import load_model
 from mpocli.train.predict import Run
 
@@ -131,7 +139,7 @@ class _Measured:
 
     def load(self) -> Any:
         data = self.data
-        _check_head(self.checkpoint, data)
+        check_trained_head(self.checkpoint, data)
         model = load_model(
             self.checkpoint.source.directory,
             self.checkpoint.config,
@@ -159,16 +167,6 @@ class _Measured:
         seconds = [value for run in self.runs for value in run.seconds]
         tokens = sum(size for run in self.runs for size in run.sizes)
         self.speed = Speed(statistics.median(seconds), tokens / sum(seconds), peak_memory(self.device))
-
-
-def _check_head(checkpoint: Checkpoint, data: TaskData) -> None:
-    """A classifier that was never trained would be measured as one that guesses."""
-    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
-    if data.family == "encoder" and not name.endswith("ForSequenceClassification"):
-        raise InputError(
-            f"{checkpoint.source.name}: a {name or 'model'} has no classification head for task {data.task.name}",
-            hint="run mpocli finetune first",
-        )
 
 
 def _check_comparable(a: TaskData, b: TaskData, model: str, baseline: str) -> None:

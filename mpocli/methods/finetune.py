@@ -7,7 +7,8 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods.device import device_of
-from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
+from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation
 from mpocli.train.models import load_model
@@ -37,6 +38,7 @@ from mpocli.train.segment import (
 from mpocli.train.updates import roles, set_recompute, set_update
 
 Progress = Callable[[int, int, str], None]
+_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,12 @@ def run(
         device = state.device
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    training = _training_directory(out)
+    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
+    options["processes"] = state.num_processes
+    done = _checkpoint_of(training, options, resume=resume, overwrite=overwrite)
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
     schedule, steps = _schedule(config, len(data.train), state.num_processes)
-    training = out.resolve().with_name(f"{out.resolve().name}.training")
-    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
-    done = _training_directory(training, options, resume=resume, overwrite=overwrite, writes=state.is_main_process)
-    state.wait_for_everyone()
 
     set_seed(config.optimisation.seed)
     student = _student(checkpoint, data, config)
@@ -135,24 +137,30 @@ def run(
     distillation = _distillation(config, data, checkpoint)
     callbacks: list[Any] = [MetricsFile(training / METRICS), *([Steps(progress)] if progress else [])]
     if config.select == "best":
-        callbacks.append(_keep_best(training, data, config, checkpoint))
-    trainer = SegmentTrainer(
-        student,
-        data.train,
-        data.collator(training=True),
-        config.optimisation,
-        schedule,
-        steps,
-        training,
-        device=device,
-        callbacks=callbacks,
-        distillation=distillation,
-    )
-    before = _on_main(state, lambda: evaluate(student, data, config.data))
-    set_seed(config.optimisation.seed)
-    trained_from = time.perf_counter()
-    train_segment(trainer, done)
-    step_seconds = time.perf_counter() - trained_from
+        callbacks.append(_keep_best(training, data, config))
+    state.wait_for_everyone()  # all have looked for an interrupted run before one begins
+    with _directory(training, options, begins=not resume, writes=state.is_main_process):
+        state.wait_for_everyone()
+        trainer = SegmentTrainer(
+            student,
+            data.train,
+            data.collator(config.optimisation.seed),
+            config.optimisation,
+            schedule,
+            steps,
+            training,
+            device=device,
+            callbacks=callbacks,
+            distillation=distillation,
+        )
+        tells = progress if state.is_main_process else None
+        if tells and data.eval:
+            tells(0, steps, "evaluating")
+        before = _on_main(state, lambda: evaluate(student, data, config.data))
+        set_seed(config.optimisation.seed)
+        trained_from = time.perf_counter()
+        train_segment(trainer, done)
+        step_seconds = time.perf_counter() - trained_from
     selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
     trainable = _count_trainable(student)
     report = FinetuneReport(
@@ -174,6 +182,10 @@ def run(
     )
     if report.is_writer:
         _check_finite(student)
+        # Measured is what is stored: rounded, where that is half precision.
+        student.to(dtype=checkpoint.stored_dtype).to(dtype=torch.float32)
+        if tells and data.eval:
+            tells(steps, steps, "evaluating")
         after = evaluate(student, data, config.data)
         recorded = {**config.recorded(), "update": update}
         seed = config.optimisation.seed
@@ -181,7 +193,7 @@ def run(
             totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after)
             shutil.copyfile(training / METRICS, work / METRICS)
         shutil.rmtree(training, ignore_errors=True)
-        test = evaluate(student, data, config.data, split="test")
+        test = evaluate(student.to(dtype=torch.float32), data, config.data, split="test")
         seconds = time.perf_counter() - started
         report = replace(report, seconds=seconds, metrics=after, test_metrics=test, totals=totals)
     state.wait_for_everyone()
@@ -195,38 +207,54 @@ def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Sch
     return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
 
 
-def _training_directory(
-    directory: Path, options: dict[str, Any], *, resume: bool, overwrite: bool, writes: bool
-) -> Path | None:
+def _training_directory(out: Path) -> Path:
+    return out.resolve().with_name(f"{out.resolve().name}.training")
+
+
+def _checkpoint_of(directory: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, None to begin. Raises `InputError` where the options are not those that began."""
-    record = directory / "run.json"
-    if resume:
-        if not record.is_file():
-            raise InputError(f"{directory}: no interrupted run to resume", hint="run without --resume")
-        begun = json.loads(record.read_text())
-        changed = sorted(key for key in options.keys() | begun.keys() if options.get(key) != begun.get(key))
-        if changed:
-            key = changed[0]
+    if not resume:
+        if directory.exists() and any(directory.iterdir()) and not overwrite:
             raise InputError(
-                f"{directory}: the interrupted run had {key} = {begun.get(key)!r}, this one has {options.get(key)!r}",
-                hint="resume with the same options, or delete that directory to begin anew",
+                f"{directory}: is left of an interrupted run",
+                hint="pass --resume to go on, or --overwrite to begin anew",
             )
-        return last_checkpoint(directory)
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        return None
+    record = directory / _RECORD
+    if not record.is_file():
+        raise InputError(f"{directory}: no interrupted run to resume", hint="run without --resume")
+    begun = json.loads(record.read_text())
+    options = json.loads(json.dumps(options))  # tuples are lists there
+    changed = sorted(key for key in options.keys() | begun.keys() if options.get(key) != begun.get(key))
+    if changed:
+        key = changed[0]
         raise InputError(
-            f"{directory}: is left of an interrupted run", hint="pass --resume to go on, or --overwrite to begin anew"
+            f"{directory}: the interrupted run had {key} = {begun.get(key)!r}, this one has {options.get(key)!r}",
+            hint="resume with the same options, or delete that directory to begin anew",
         )
-    if writes:
+    return last_checkpoint(directory)
+
+
+@contextmanager
+def _directory(directory: Path, options: dict[str, Any], *, begins: bool, writes: bool) -> Iterator[None]:
+    """The training directory, made anew where a run `begins`; a failure leaves it only with something to resume."""
+    if writes and begins:
         shutil.rmtree(directory, ignore_errors=True)
         try:
             directory.mkdir(parents=True)
-            record.write_text(json.dumps(options))
+            (directory / _RECORD).write_text(json.dumps(options))
             (directory / METRICS).touch()
         except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
             raise InputError(
                 f"{directory}: cannot be written ({error.strerror})", hint="choose another --out"
             ) from error
-    return None
+    try:
+        yield
+    except BaseException:
+        if writes and last_checkpoint(directory) is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _student(checkpoint: Checkpoint, data: TaskData, config: FinetuneConfig) -> Any:
@@ -247,6 +275,7 @@ def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint
     if config.teacher is None:
         return None
     found = Checkpoint.open(config.teacher, trust_remote_code=config.trust_remote_code)
+    check_trained_head(found, data)
     teacher = load_model(
         found.source.directory,
         found.config,
@@ -264,7 +293,7 @@ def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint
     return Distillation(teacher.requires_grad_(False), config.distill_weight, config.temperature, config.distill_hidden)
 
 
-def _keep_best(training: Path, data: TaskData, config: FinetuneConfig, checkpoint: Checkpoint) -> KeepBest:
+def _keep_best(training: Path, data: TaskData, config: FinetuneConfig) -> KeepBest:
     def measure(model: Any) -> float:
         value = evaluate(model, data, config.data, split="held_out")[data.task.main_metric]
         return value if data.task.greater_is_better else -value
@@ -342,10 +371,29 @@ def run_seeds(
     progress: Progress | None = None,
 ) -> tuple[FinetuneReport, ...]:
     """One run a seed, in `out/seed-<k>`. Finished ones are not run again by `resume`."""
+    places = {seed: out / f"seed-{seed}" for seed in seeds}
+    finished = {seed: place.with_name(f"{place.name}.report.json") for seed, place in places.items()}
+    if not resume:
+        for place in places.values():  # before hours of training, not after
+            check_output(place, None, overwrite=overwrite)
+    elif not any(finished[seed].is_file() or _training_directory(places[seed]).is_dir() for seed in seeds):
+        raise InputError(f"{out}: no interrupted runs to resume", hint="run without --resume")
     reports = []
-    for seed in seeds:
-        place = out / f"seed-{seed}"
+    for seed, place in places.items():
+        if resume and finished[seed].is_file() and place.is_dir():
+            reports.append(_read_report(finished[seed]))
+            continue
         one = replace(config, optimisation=replace(config.optimisation, seed=seed))
-        begun = place.with_name(f"{place.name}.training").exists()
+        begun = _training_directory(place).exists()
         reports.append(run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress))
+        if reports[-1].is_writer:
+            finished[seed].write_text(json.dumps(asdict(reports[-1])))
+    if reports[-1].is_writer:
+        for path in finished.values():
+            path.unlink(missing_ok=True)
     return tuple(reports)
+
+
+def _read_report(path: Path) -> FinetuneReport:
+    values = json.loads(path.read_text())
+    return FinetuneReport(**{**values, "totals": Totals(**values["totals"])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,6 +64,23 @@ class EvalSet:
         return len(self.windows.ids) if self.windows else len(self.features)
 
 
+class Collator:
+    """Features to padded batches; for a masked language model (`tokenizer` given) with tokens hidden.
+
+    Which ones is a function of seed, `epoch` and sample: a resumed run hides the same.
+    """
+
+    def __init__(self, pad: int, tokenizer: Any | None, seed: int) -> None:
+        self.pad, self.tokenizer, self.seed, self.epoch = pad, tokenizer, seed, 0
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(features, self.pad)
+        if self.tokenizer is not None:
+            first = (self.seed * 1_009 + self.epoch) * 1_000_003
+            batch["labels"] = mask_tokens(batch, self.tokenizer, [first + feature["index"] for feature in features])
+        return batch
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Everything a run needs of the data. `truncated` counts the examples cut to the maximum length, by split."""
@@ -78,14 +96,9 @@ class TaskData:
     test: tuple[EvalSet, ...] = ()
     truncated: dict[str, int] = field(default_factory=dict)
 
-    def collator(self, *, training: bool) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        def collator(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-            batch = collate(features, self.pad)
-            if training and self.family == "masked":
-                batch["labels"] = mask_tokens(batch, self.tokenizer)
-            return batch
-
-        return collator
+    def collator(self, seed: int) -> Collator:
+        """Makes batches for training."""
+        return Collator(self.pad, self.tokenizer if self.family == "masked" else None, seed)
 
 
 def prepare(
@@ -118,11 +131,11 @@ def prepare(
                 held_out = (_window_set(train_source, replace(windows, ids=windows.ids[-cut:])),)
             kept = windows.ids[: len(windows.ids) - cut] if cut else windows.ids
             least = 1 if family == "masked" else 2  # one token alone predicts nothing
-            train = [_window_feature(ids, family) for ids in kept if len(ids) >= least]
+            train = [_window_feature(index, ids, family) for index, ids in enumerate(kept) if len(ids) >= least]
             if not train:
                 raise InputError(f"{train_source}: too short to train on", hint="name a longer text")
-        evals = tuple(_window_set(source, reader.windows(source)) for source in options.eval)
-        tests = tuple(_window_set(source, reader.windows(source)) for source in (options.test,) if source)
+        evals = tuple(_window_set(source, reader.windows(source, "validation")) for source in options.eval)
+        tests = tuple(_window_set(source, reader.windows(source, "test")) for source in (options.test,) if source)
         return TaskData(task, family, tokenizer, pad, (), train, evals, held_out, tests, truncated)
     if train_source:
         examples = reader.examples(train_source, expected, limit=options.limit)
@@ -139,6 +152,16 @@ def prepare(
     return TaskData(task, family, tokenizer, pad, label_names, train, evals, held_out, tests, truncated)
 
 
+def check_trained_head(checkpoint: Checkpoint, data: TaskData) -> None:
+    """A classifier that was never trained only guesses: nothing to measure, and nothing to learn from."""
+    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
+    if data.family == "encoder" and not name.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"{checkpoint.source.name}: a {name or 'model'} has no classification head for task {data.task.name}",
+            hint="run mpocli finetune first",
+        )
+
+
 def _check_length(checkpoint: Checkpoint, length: int) -> None:
     most = getattr(checkpoint.config, "max_position_embeddings", None) or getattr(
         checkpoint.config, "n_positions", None
@@ -152,13 +175,25 @@ def _check_length(checkpoint: Checkpoint, length: int) -> None:
 
 
 def _expected_labels(task: Task, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The task's class names, or for one without those of the checkpoint's own head."""
-    if task.labels or task.kind != "classification":
-        return task.labels
+    """The class names in the order of the checkpoint's own head, or in the task's where it has none.
+
+    A head that was trained elsewhere may number the same classes otherwise. Raises `InputError` where it has other
+    classes; LABEL_0, LABEL_1 … are no names, and stand for the task's.
+    """
     name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
-    if name.endswith("ForSequenceClassification"):
-        return tuple(str(checkpoint.config.id2label[k]) for k in sorted(checkpoint.config.id2label))
-    return ()
+    if task.kind != "classification" or not name.endswith("ForSequenceClassification"):
+        return task.labels
+    own = tuple(str(checkpoint.config.id2label[k]) for k in sorted(checkpoint.config.id2label))
+    if not task.labels:
+        return own
+    if len(own) != len(task.labels) or all(re.fullmatch(r"LABEL_\d+|\d+", label) for label in own):
+        return task.labels  # the numbers of classes are compared where the model is loaded
+    if {label.casefold() for label in own} != {label.casefold() for label in task.labels}:
+        raise InputError(
+            f"the checkpoint's head tells {', '.join(own)}; task {task.name} has {', '.join(task.labels)}",
+            hint="correct id2label in its config.json, or use --task classification with the columns named",
+        )
+    return own
 
 
 @dataclass(frozen=True)
@@ -170,7 +205,7 @@ class _Reader:
     how: Any
 
     def examples(
-        self, source: str, label_names: tuple[str, ...], *, limit: int | None = None, needs_labels: bool = True
+        self, source: str, label_names: tuple[str, ...], *, limit: int | None = None, split: str | None = None
     ) -> Examples:
         return read_examples(
             source,
@@ -179,13 +214,13 @@ class _Reader:
             label_column=self.options.label_column,
             limit=limit,
             seed=self.options.seed,
-            needs_labels=needs_labels,
-            label_names=() if self.task.labels else label_names,
+            split=split,
+            label_names=label_names,
         )
 
-    def windows(self, source: str) -> Windows:
+    def windows(self, source: str, split: str | None = None) -> Windows:
         column = self.options.text_columns[0] if self.options.text_columns else None
-        text = read_text(source, text_column=column)
+        text = read_text(source, text_column=column, split=split)
         try:
             return lm_windows(text, self.tokenizer, self.options.max_length, masked=self.family == "masked")
         except InputError as error:
@@ -209,10 +244,15 @@ def _eval_sets(
 ) -> tuple[EvalSet, ...]:
     if len(sources) > (2 if reader.task.name == "mnli" else 1):
         raise UsageError(f"{len(sources)} files to evaluate task {reader.task.name} on", hint="name one (MNLI: two)")
-    suffixes = ("", "_mm")
+    # Of a hub data set that names no split of its own.
+    splits = (
+        reader.task.eval_splits
+        if split == "eval"
+        else tuple(s.replace("validation", "test") for s in reader.task.eval_splits)
+    )
     return tuple(
-        reader.eval_set(reader.examples(source, label_names), suffix, truncated, split)
-        for source, suffix in zip(sources, suffixes, strict=False)
+        reader.eval_set(reader.examples(source, label_names, split=hub_split), suffix, truncated, split)
+        for source, hub_split, suffix in zip(sources, splits, ("", "_mm"), strict=False)
     )
 
 
@@ -220,8 +260,8 @@ def _window_set(source: str, windows: Windows) -> EvalSet:
     return EvalSet(source, "", None, [], (), windows)
 
 
-def _window_feature(ids: list[int], family: Family) -> dict[str, Any]:
-    feature: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+def _window_feature(index: int, ids: list[int], family: Family) -> dict[str, Any]:
+    feature: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids), "index": index}
     if family == "causal":
         feature["labels"] = list(ids)
     return feature

@@ -23,12 +23,14 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         self.value: float | None = None
         self.step: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         record = self.directory / "best.json"
         if record.is_file():
             found = json.loads(record.read_text())
             if found["step"] <= state.global_step:
                 self.value, self.step = found["value"], found["step"]
+        if state.global_step and state.epoch == int(state.epoch):
+            self._look(state, model)  # the kill may have come between the checkpoint and this epoch's measurement
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._look(state, model)

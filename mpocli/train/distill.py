@@ -15,12 +15,16 @@ from mpocli.train.encode import IGNORE
 
 @dataclass(frozen=True)
 class Distillation:
-    """A frozen teacher, and how much it counts: (1−weight)·task + weight·teacher (+ weight·hidden states)."""
+    """A frozen teacher, and how much it counts: (1−weight)·task + weight·teacher (+ weight·hidden states).
+
+    `next_token` says that the models are causal: their logits at a place are of the token after it.
+    """
 
     teacher: Any
     weight: float = 0.5
     temperature: float = 2.0
     hidden: bool = False
+    next_token: bool = False
 
     def loss(self, task_loss: Tensor, student: Any, inputs: dict[str, Tensor]) -> Tensor:
         """The student's loss, from its output on `inputs` (with hidden states if these are compared)."""
@@ -29,7 +33,10 @@ class Distillation:
             if self.teacher.config.is_encoder_decoder:
                 asked["labels"] = inputs["labels"]  # its decoder reads them, shifted
             teacher = self.teacher(**asked, output_hidden_states=self.hidden)
-        soft = soft_loss(student.logits, teacher.logits, inputs.get("labels"), self.temperature)
+        labels, logits, taught = inputs.get("labels"), student.logits, teacher.logits
+        if logits.dim() == 3 and labels is not None and self.next_token:
+            logits, taught, labels = logits[:, :-1], taught[:, :-1], labels[:, 1:]  # place i predicts token i + 1
+        soft = soft_loss(logits, taught, labels, self.temperature)
         total = (1 - self.weight) * task_loss + self.weight * soft
         if self.hidden:
             mask = inputs["attention_mask"]

@@ -108,9 +108,13 @@ def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_cod
 
     source = name or directory
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers' own code on a user's files: anything can come out of it
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"{source}: no tokenizer that can be used ({line.strip()[:160]})", hint="name another with --tokenizer"
         ) from error
+    # Where no file is, transformers makes one of special tokens (and of T5's kind one that knows a space).
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        raise InputError(f"{source}: no tokenizer, or one without words", hint="name another with --tokenizer")
+    return tokenizer

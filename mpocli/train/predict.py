@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpocli.errors import NumericsError
+from mpocli.errors import InputError, NumericsError
 from mpocli.train.encode import IGNORE, Windows, collate, pad_id
 from mpocli.train.metrics import compute, language_modelling, perplexity
 from mpocli.train.models import Family
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Of the tokens of a masked model's window, this share is hidden and asked for: BERT's own.
 MASK_SHARE = 0.15
 _MASK_SEED = 20210801
+# Logits that are held at once: a gigabyte of float32.
+_MOST_LOGITS = 1 << 28
 
 
 @dataclass
@@ -146,14 +148,17 @@ def run_windows(
     `watch(logits, targets)` is given the predictions of every batch: (tokens, vocabulary) and (tokens,).
     """
     run = Run(samples=len(windows.ids), words=windows.words)
-    pad, generator = pad_id(tokenizer), torch.Generator().manual_seed(_MASK_SEED)
+    pad = pad_id(tokenizer)
+    longest = max(len(ids) for ids in windows.ids)
+    batch_size = max(1, min(batch_size, _MOST_LOGITS // (longest * model.config.get_text_config().vocab_size)))
     with _evaluating(model):
         for start in range(0, len(windows.ids), batch_size):
             ids = windows.ids[start : start + batch_size]
             features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
             inputs = collate(features, pad)
             if family == "masked":
-                targets = mask_tokens(inputs, tokenizer, generator, always=True)
+                seeds = range(_MASK_SEED + start, _MASK_SEED + start + len(ids))
+                targets = mask_tokens(inputs, tokenizer, seeds, always=True)
             else:
                 targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)[:, 1:]
             with autocast(model.device, precision):
@@ -162,6 +167,8 @@ def run_windows(
             targets = targets.to(logits.device)
             asked = targets != IGNORE
             logits, targets = logits[asked], targets[asked]
+            if not len(targets):  # a window of one token predicts nothing
+                continue
             run.nll += float(F.cross_entropy(logits, targets, reduction="sum").double())
             run.tokens += len(targets)
             if watch:
@@ -171,31 +178,37 @@ def run_windows(
     return run
 
 
-def mask_tokens(
-    inputs: dict[str, Tensor], tokenizer: Any, generator: torch.Generator | None = None, *, always: bool = False
-) -> Tensor:
+def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int], *, always: bool = False) -> Tensor:
     """Hide 15 % of a batch's tokens in place, at least one a row; returns the labels, −100 elsewhere.
 
     Of the chosen ones 80 % become the mask token, 10 % a random one and 10 % stay (Devlin et al., 2019); `always`
-    masks them all, for evaluation.
+    masks them all, for evaluation. Every row draws from its own seed, so that neither the batch that it comes in
+    nor the state of a resumed run changes its mask.
     """
     ids = inputs["input_ids"]
-    special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
-    chances = torch.rand(ids.shape, generator=generator).masked_fill(special | (inputs["attention_mask"] == 0), 2.0)
-    chosen = (chances < MASK_SHARE) | ((chances == chances.amin(1, keepdim=True)) & (chances < 2.0))
-    labels = ids.masked_fill(~chosen, IGNORE)
-    how = torch.rand(ids.shape, generator=generator)
-    masked = chosen if always else chosen & (how < 0.8)
-    ids[masked] = tokenizer.mask_token_id
-    if not always:
-        drawn = torch.randint(len(tokenizer), ids.shape, generator=generator)
-        random = chosen & (how >= 0.9)
-        ids[random] = drawn[random]
+    labels = torch.full_like(ids, IGNORE)
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    for row, (seed, length) in enumerate(zip(seeds, inputs["attention_mask"].sum(1).tolist(), strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = ids[row, :length]
+        chances = torch.rand(length, generator=generator).masked_fill(torch.isin(tokens, special), 2.0)
+        chosen = ((chances < MASK_SHARE) | (chances == chances.min())) & (chances < 2.0)
+        labels[row, :length] = tokens.masked_fill(~chosen, IGNORE)
+        how, drawn = (
+            torch.rand(length, generator=generator),
+            torch.randint(len(tokenizer), (length,), generator=generator),
+        )
+        tokens[chosen if always else chosen & (how < 0.8)] = tokenizer.mask_token_id
+        if not always:
+            random = chosen & (how >= 0.9)
+            tokens[random] = drawn[random]
     return labels
 
 
 def score(task: Task, family: Family, run: Run, labels: Sequence[Any], *, suffix: str = "") -> dict[str, float]:
     """The task's metrics of a run, under house keys."""
+    if task.kind == "lm" and not run.tokens:
+        raise InputError("the text is too short: no token to predict", hint="name a longer one")
     if task.kind != "lm":
         return compute(task, run.predictions, labels, suffix=suffix)
     if family == "masked":  # words have no meaning where one token in seven is asked for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.io.output import is_no_room
 from mpocli.train.distill import Distillation
+from mpocli.train.encode import IGNORE
 from mpocli.train.updates import parameter_groups
 
 METRICS = "metrics.jsonl"
@@ -98,6 +101,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             data_collator=collator,
             callbacks=[*callbacks],
         )
+        self.model_accepts_loss_kwargs = True  # so that a step's items are counted, for `compute_loss`
         self.remove_callback(PrinterCallback)  # which prints to stdout
         if optimisation.gradient_checkpointing and model.supports_gradient_checkpointing:
             # The name changed on the way to transformers 6.
@@ -125,12 +129,20 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(
-            model, {**inputs, "output_hidden_states": self.distillation.hidden}, True, num_items_in_batch
-        )
-        loss = self.distillation.loss(loss, outputs, inputs)
+        """The mean over everything that is predicted in a step, however it is cut into batches and processes.
+
+        A model's own loss is the mean over its batch (some take the step's count instead, most ignore it), so each
+        batch is weighted by its share of the step's items. Data-parallel gradients are averaged: hence the factor.
+        """
+        asked = {"output_hidden_states": True} if self.distillation and self.distillation.hidden else {}
+        outputs = model(**inputs, **asked)
+        loss = outputs["loss"]
+        if self.distillation is not None:
+            loss = self.distillation.loss(loss, outputs, inputs)
+        if num_items_in_batch is not None:
+            labels = inputs["labels"]
+            counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+            loss = loss * (counted != IGNORE).sum() * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,7 +163,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
 
 def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=chosen.batch_size,
         gradient_accumulation_steps=chosen.accumulation,
@@ -174,6 +186,8 @@ def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.
         seed=chosen.seed,
         data_seed=chosen.seed,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several devices are several processes, never threads of one
+    return arguments
 
 
 class ByLength(Sampler[int]):
@@ -273,11 +287,17 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
     """
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except NumericsError as error:
+        directory = Path(str(trainer.args.output_dir))
+        if trainer.is_world_process_zero():  # finite or not, the weights of this very step gave what is not
+            shutil.rmtree(directory / f"{_CHECKPOINT}{trainer.state.global_step}", ignore_errors=True)
+        kept = last_checkpoint(directory)
+        where = f"; the last good weights are {kept}" if kept else ""
+        raise NumericsError(error.message, hint=f"{error.hint}{where}") from error
     except OSError as error:
         raise _unwritable(trainer, error) from error
-    except Exception as error:  # safetensors and torch wrap the system's error in classes of their own
-        text = str(error)
-        if "No space left" in text or "os error 28" in text or "unexpected pos" in text or "file write failed" in text:
+    except Exception as error:
+        if is_no_room(error):
             raise _unwritable(trainer, error) from error
         raise
 
@@ -287,5 +307,5 @@ def _unwritable(trainer: SegmentTrainer, error: Exception) -> InputError:
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(
         f"{directory}: a checkpoint cannot be written ({first_line})",
-        hint="free some space and run again with --resume",
+        hint="free some space and run again" + (" with --resume" if last_checkpoint(directory) else ""),
     )

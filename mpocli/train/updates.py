@@ -31,7 +31,8 @@ def set_update(model: nn.Module, update: str) -> None:
     """
     frozen = {"auxiliary": "central", "central": "auxiliary", "all": None}[update]
     for _, parameter, role in roles(model):
-        parameter.requires_grad_(role != frozen)
+        if role != "other":  # what the model itself froze (sinusoidal positions) stays so
+            parameter.requires_grad_(role != frozen)
 
 
 def set_recompute(model: nn.Module, recompute: bool) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import models
 import pytest
+import transformers as tf
 
+from cli import tasks
 from cli.processes import Server
 from cli.shell import Cli, Outcome
 from mpocli.cli.app import main
@@ -103,3 +105,23 @@ def dense(bert: Path, tmp_path: Path) -> Path:
 def mpo(bert_mpo: Path, tmp_path: Path) -> Path:
     """A copy of `bert_mpo` to spoil."""
     return Path(shutil.copytree(bert_mpo, tmp_path / "mpo"))
+
+
+# --- for `finetune` and `eval`: models with tokenizers, and files of their tasks ----------------------------------
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`body` (a BERT without a head), `mpo` (the same, decomposed), `gpt2`, `masked`, `t5`, and files for each task."""
+    made = tmp_path_factory.mktemp("lab")
+    tasks.save("bert", made / "body", initializer_range=0.1)
+    tasks.save("gpt2", made / "gpt2")
+    tasks.save("bert", made / "masked", cls=tf.BertForMaskedLM)
+    tasks.save("t5", made / "t5")
+    decompose.run(str(made / "body"), DecomposeConfig(), made / "mpo")
+    for split, seed in (("train", 1), ("dev", 2)):
+        tasks.sentiment(made / f"{split}.tsv", 96 if seed == 1 else 40, seed)
+        tasks.similarity(made / f"sts-{split}.tsv", 96 if seed == 1 else 40, seed)
+        tasks.prose(made / f"{split}.txt", 80 if seed == 1 else 30, seed)
+        tasks.restaurants(made / f"e2e-{split}.csv", 48 if seed == 1 else 10, seed)
+    return made

@@ -44,14 +44,15 @@ class Ended:
 
 
 class Server:
-    """Use as a context manager; one run at a time. `model` is decomposed once to load what is loaded lazily."""
+    """Use as a context manager; one run at a time. `model` is decomposed once to load what is loaded lazily, and
+    `modules` are imported."""
 
-    def __init__(self, model: Path) -> None:
-        self._model = model
+    def __init__(self, model: Path, *modules: str) -> None:
+        self._model, self._modules = model, modules
 
     def __enter__(self) -> Server:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, self._model],
+            [sys.executable, __file__, self._model, *self._modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -132,6 +133,7 @@ def _run(main: Callable[[list[str]], NoReturn], arguments: list[str]) -> NoRetur
 def _serve() -> None:
     import resource
     from contextlib import redirect_stderr, redirect_stdout
+    from importlib import import_module
     from io import StringIO
 
     from mpocli.cli.app import main
@@ -141,6 +143,8 @@ def _serve() -> None:
             main(["decompose", sys.argv[1], "--dry-run", "--rel-tol", "0.5"])
         except SystemExit as stop:
             assert not stop.code
+    for name in sys.argv[2:]:
+        import_module(name)
     gc.freeze()  # or every child would copy the pages that its first collection touches
     for line in sys.stdin:
         request = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,12 @@ def command(
     ] = None,
     text_column: task_.TextColumn = None,
     label_column: task_.LabelColumn = None,
-    limit: task_.Limit = None,
     max_length: task_.MaxLength = 128,
     tokenizer: task_.Tokenizer = None,
-    batch_size: task_.EvalBatch = 32,
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", metavar="N", help="Examples or windows per batch.", rich_help_panel=task_.DATA),
+    ] = 32,
     max_new_tokens: task_.NewTokens = 96,
     precision: task_.Precision = "auto",
     device: task_.Device = "auto",
@@ -82,13 +85,14 @@ def command(
             evaluate=evaluate,
             text_column=text_column,
             label_column=label_column,
-            limit=limit,
             max_length=max_length,
             eval_batch_size=batch_size,
+            batch_option="--batch-size",
             precision=task_.precision_of(precision, device),
             max_new_tokens=max_new_tokens,
             tokenizer=tokenizer,
         )
+        _check_names(data.task, gates)
 
     from mpocli.cli import render
     from mpocli.hf import quiet
@@ -120,9 +124,21 @@ def _gates(option: str, texts: list[str] | None) -> list[tuple[str, float]]:
         name, _, number = text.partition("=")
         try:
             found.append((name.strip(), float(number)))
+            if not math.isfinite(found[-1][1]):
+                raise ValueError
         except ValueError:
             raise UsageError(f"{option} {text!r} cannot be read", hint=f"write it as {option} accuracy=0.85") from None
     return found
+
+
+def _check_names(task: str, gates: tuple[list[tuple[str, float]], ...]) -> None:
+    """Before an evaluation, not after it."""
+    from mpocli.train.tasks import task_named
+
+    known = task_named(task).metrics
+    for name, _ in (gate for found in gates for gate in found):
+        if name not in known:
+            raise UsageError(f"no metric {name!r} is measured for --task {task}", hint=f"there are {', '.join(known)}")
 
 
 def _harness(model: str, tasks: str, device: str, revision: str | None, trust_remote_code: bool) -> None:
