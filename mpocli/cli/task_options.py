@@ -44,7 +44,7 @@ LabelColumn = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", metavar="N", help="Train on a seeded sample of N rows.", rich_help_panel=DATA),
+    typer.Option("--limit", metavar="N", help="Train on N random rows, the same for all seeds.", rich_help_panel=DATA),
 ]
 MaxLength = Annotated[
     int, typer.Option("--max-length", metavar="N", help="Tokens per example, or per window.", rich_help_panel=DATA)

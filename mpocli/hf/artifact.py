@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,7 +144,7 @@ def write_surroundings(
             continue
         if path.name.endswith(".index.json"):
             continue
-        if path.is_file():
+        if path.is_file() and not (work / path.name).exists():
             shutil.copyfile(path, work / path.name)
         elif path.is_dir() and _is_configuration(path):
             _copy_folder(path, work / path.name)
@@ -178,8 +180,8 @@ def write_trained(
     Its cores have moved: errors and canonical claims of the source do not hold for them.
     """
     stored = source.stored_dtype
-    model.to(dtype=stored)
-    model.save_pretrained(work, max_shard_size=max_shard_bytes)
+    with _parameters_in(model, stored):
+        model.save_pretrained(work, max_shard_size=max_shard_bytes)
     saved = Checkpoint.open(str(work), trust_remote_code=source.trust_remote_code)
     roles = {member.name: weight.role for weight in saved.survey.weights for member in weight.members}
     modules = saved.manifest.modules if saved.manifest else ()
@@ -191,6 +193,19 @@ def write_trained(
     )
     write_surroundings(work, source, manifest, config_json=saved.config_json)
     return saved.totals()
+
+
+@contextmanager
+def _parameters_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters alone: buffers that are not stored (rotary frequencies) must not be rounded."""
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = before[name]
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpocli.errors import InputError
+from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.manifest import Totals
 from mpocli.methods.device import device_of
@@ -94,6 +94,8 @@ def run(
     if data is None:
         arm = Arm(str(baseline), {}, other.totals(), None) if other else None
         return EvalReport(model, None, {}, 0, checkpoint.totals(), None, arm, seconds=time.perf_counter() - started)
+    if predictions is not None:
+        _check_writable(predictions, data.task)
     prepared = prepare(checkpoint, data)
     own = _Measured(checkpoint, prepared, data, place, trust_remote_code)
     beside: _Measured | None = None
@@ -236,11 +238,19 @@ def _part(found: EvalSet, start: int, size: int) -> EvalSet:
     return replace(found, windows=replace(found.windows, ids=found.windows.ids[start : start + size]))
 
 
+def _check_writable(path: Path, task: str) -> None:
+    """Before the work, what would be found out after it."""
+    if task == "lm":
+        raise UsageError("--predictions: a language model makes none on --task lm", hint="leave it out")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: no file can be written there", hint="choose another --predictions")
+
+
 def _write_predictions(path: Path, data: TaskData, runs: Sequence[Run]) -> None:
     lines = []
     for found, run in zip(data.eval, runs, strict=True):
         if found.examples is None:
-            raise InputError("--predictions: a language model makes none on --task lm", hint="leave it out")
+            continue
         names = data.label_names if data.task.kind == "classification" else ()
         pairs = found.examples.pairs or [None] * len(found.features)
         rows = zip(found.examples.texts, pairs, run.predictions, found.labels, strict=True)

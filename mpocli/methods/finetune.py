@@ -24,7 +24,7 @@ from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, 
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation
 from mpocli.train.models import load_model
-from mpocli.train.processes import processes, set_seed
+from mpocli.train.processes import on_first, processes, set_seed
 from mpocli.train.segment import (
     METRICS,
     MetricsFile,
@@ -32,6 +32,7 @@ from mpocli.train.segment import (
     Schedule,
     SegmentTrainer,
     Steps,
+    check_report_to,
     last_checkpoint,
     train_segment,
 )
@@ -122,6 +123,9 @@ def run(
         device = state.device
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
+        raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
+    check_report_to(config.optimisation.report_to)
     training = _training_directory(out)
     options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
     options["processes"] = state.num_processes
@@ -152,15 +156,17 @@ def run(
             device=device,
             callbacks=callbacks,
             distillation=distillation,
+            next_token=data.family == "causal",
         )
         tells = progress if state.is_main_process else None
         if tells and data.eval:
             tells(0, steps, "evaluating")
-        before = _on_main(state, lambda: evaluate(student, data, config.data))
+        before = on_first(lambda: evaluate(student, data, config.data))
         set_seed(config.optimisation.seed)
         trained_from = time.perf_counter()
         train_segment(trainer, done)
         step_seconds = time.perf_counter() - trained_from
+    state.wait_for_everyone()  # the best weights are written by the first
     selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
     trainable = _count_trainable(student)
     report = FinetuneReport(
@@ -183,17 +189,19 @@ def run(
     if report.is_writer:
         _check_finite(student)
         # Measured is what is stored: rounded, where that is half precision.
-        student.to(dtype=checkpoint.stored_dtype).to(dtype=torch.float32)
+        _round(student, checkpoint.stored_dtype)
         if tells and data.eval:
             tells(steps, steps, "evaluating")
         after = evaluate(student, data, config.data)
         recorded = {**config.recorded(), "update": update}
         seed = config.optimisation.seed
         with output_directory(out) as work:
+            if config.data.tokenizer:
+                data.tokenizer.save_pretrained(work)
             totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after)
             shutil.copyfile(training / METRICS, work / METRICS)
         shutil.rmtree(training, ignore_errors=True)
-        test = evaluate(student.to(dtype=torch.float32), data, config.data, split="test")
+        test = evaluate(student, data, config.data, split="test")
         seconds = time.perf_counter() - started
         report = replace(report, seconds=seconds, metrics=after, test_metrics=test, totals=totals)
     state.wait_for_everyone()
@@ -290,7 +298,13 @@ def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint
             f"--teacher {config.teacher}: a vocabulary of {sizes[0]}, the student has {sizes[1]}",
             hint="teacher and student must share a tokenizer",
         )
-    return Distillation(teacher.requires_grad_(False), config.distill_weight, config.temperature, config.distill_hidden)
+    return Distillation(
+        teacher.requires_grad_(False),
+        config.distill_weight,
+        config.temperature,
+        config.distill_hidden,
+        next_token=data.family == "causal",
+    )
 
 
 def _keep_best(training: Path, data: TaskData, config: FinetuneConfig) -> KeepBest:
@@ -308,19 +322,18 @@ def _take_best(model: Any, best: KeepBest) -> int:
     return best.step
 
 
-def _on_main(state: Any, call: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Evaluate on the first process while the others wait."""
-    result = call() if state.is_main_process else {}
-    state.wait_for_everyone()
-    return result
-
-
 def _count_trainable(model: Any) -> tuple[int, dict[str, int]]:
     counts = {"auxiliary": 0, "central": 0, "other": 0}
     for _, parameter, role in roles(model):
         if parameter.requires_grad:
             counts[role] += parameter.numel()
     return sum(counts.values()), counts
+
+
+@torch.no_grad()
+def _round(model: Any, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def _check_finite(model: Any) -> None:

@@ -111,7 +111,10 @@ def prepare(
         checkpoint.source.directory, options.tokenizer, trust_remote_code=checkpoint.trust_remote_code
     )
     pad = pad_id(tokenizer)
-    _check_length(checkpoint, options.max_length)
+    written = options.max_new_tokens if task.kind == "text2text" and family == "causal" else 0
+    _check_length(checkpoint, options.max_length, written)
+    if task.kind == "lm" and options.limit is not None:
+        raise UsageError("--limit counts rows, and --task lm reads one text", hint="cut the file, or use --steps")
     train_source = options.train or (task.hub if needs_train else "")
     if needs_train and not train_source:
         raise UsageError(f"--task {task.name} needs --train FILE", hint="name a tsv, csv, jsonl, parquet or txt file")
@@ -162,16 +165,17 @@ def check_trained_head(checkpoint: Checkpoint, data: TaskData) -> None:
         )
 
 
-def _check_length(checkpoint: Checkpoint, length: int) -> None:
-    most = getattr(checkpoint.config, "max_position_embeddings", None) or getattr(
-        checkpoint.config, "n_positions", None
-    )
+def _check_length(checkpoint: Checkpoint, length: int, written: int) -> None:
+    """`UsageError` where source (and what is written after it) needs more places than the model has positions."""
+    config = checkpoint.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(most, int) or most < 1 or hasattr(config, "relative_attention_num_buckets"):
+        return
     # RoBERTa's positions begin after its padding index.
-    offset = 2 if checkpoint.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    if isinstance(most, int) and most > 0 and length > most - offset:
-        raise UsageError(
-            f"--max-length {length}: the model has {most - offset} positions", hint=f"at most {most - offset}"
-        )
+    most -= 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    if length + written > most:
+        what = f"--max-length {length}" + (f" and --max-new-tokens {written}" if written else "")
+        raise UsageError(f"{what}: the model has {most} positions", hint=f"at most {most} together")
 
 
 def _expected_labels(task: Task, checkpoint: Checkpoint) -> tuple[str, ...]:

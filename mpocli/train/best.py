@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from mpocli.train.processes import on_first
+
 
 class KeepBest(TrainerCallback):  # type: ignore[misc]
     """Calls `measure(model)` at the end of every epoch and of the training; larger is better, the first best counts.
@@ -22,6 +24,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         self.measure = measure
         self.value: float | None = None
         self.step: int | None = None
+        self.measured: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         record = self.directory / "best.json"
@@ -39,8 +42,10 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         self._look(state, model)
 
     def _look(self, state: Any, model: Any) -> None:
-        # Every process measures: all must come to the same choice.
-        value = self.measure(model)
+        if self.measured == state.global_step:
+            return
+        self.measured = state.global_step
+        value = on_first(lambda: self.measure(model))  # one process measures, and all come to the same choice
         if self.value is not None and value <= self.value:
             return
         self.value, self.step = value, state.global_step

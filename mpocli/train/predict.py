@@ -33,7 +33,8 @@ class Run:
     """What a model said about every sample, in their order, and the time it took.
 
     `scores`: (samples, classes) logits, or (samples,) for a regression; `texts` for text to text; `nll` the sum of
-    −ln p over `tokens` predicted tokens. `seconds` and `sizes` (tokens without padding) are per batch.
+    −ln p over `tokens` predicted tokens. `seconds` and `sizes` (tokens without padding; of text to text those
+    that were written) are per batch.
     """
 
     scores: Tensor | None = None
@@ -116,6 +117,7 @@ def run_generation(
             length = inputs["input_ids"].shape[1] if family == "causal" else 0
             with autocast(model.device, precision):
                 made = _timed(run, inputs, lambda moved: _generate(model, moved, pad, max_new_tokens), model.device)
+            run.sizes[-1] = int((made[:, length:] != pad).sum())  # what was written, not what was read
             for i, row in zip(batch, made[:, length:].tolist(), strict=True):
                 texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
             if progress:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def processes(device: torch.device) -> Any:
@@ -14,7 +18,22 @@ def processes(device: torch.device) -> Any:
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu")
+    # The others wait while the first evaluates, which can take long.
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
+
+
+def on_first(call: Callable[[], T]) -> T:
+    """The result of a call in the first process, given to all; in a run of one process just the call."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return call()
+    box: list[Any] = [call() if state.is_main_process else None]
+    broadcast_object_list(box)
+    result: T = box[0]
+    return result
 
 
 def set_seed(seed: int) -> None:

@@ -6,6 +6,7 @@ next: no optimiser ever outlives the tensors it was built for.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -21,7 +22,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from mpocli.errors import InputError, NumericsError
+from mpocli.errors import InputError, NumericsError, UsageError
 from mpocli.io.output import is_no_room
 from mpocli.train.distill import Distillation
 from mpocli.train.encode import IGNORE
@@ -29,6 +30,7 @@ from mpocli.train.updates import parameter_groups
 
 METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint-"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 # A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
 _LEAST_SAVE_STEPS = 100
 
@@ -74,7 +76,10 @@ class Schedule:
 
 
 class SegmentTrainer(Trainer):  # type: ignore[misc]
-    """HF's Trainer with parameter groups by role, this module's schedule, and an end at the first NaN."""
+    """HF's Trainer with parameter groups by role, this module's schedule, and an end at the first NaN.
+
+    `next_token` says that labels are shifted in the model's loss: those of a causal language model.
+    """
 
     def __init__(
         self,
@@ -89,11 +94,13 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         device: torch.device,
         callbacks: Sequence[TrainerCallback] = (),
         distillation: Distillation | None = None,
+        next_token: bool = False,
     ) -> None:
+        self.next_token = next_token
         self.optimisation = optimisation
         self.schedule = schedule
         self.distillation = distillation
-        self.lengths = [len(feature["input_ids"]) for feature in features]
+        lengths = [len(feature["input_ids"]) for feature in features]
         super().__init__(
             model=model,
             args=_arguments(optimisation, steps, directory, device),
@@ -101,6 +108,9 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             data_collator=collator,
             callbacks=[*callbacks],
         )
+        together = optimisation.batch_size * optimisation.accumulation * self.args.world_size
+        self.sampler = ByLength(lengths, together if optimisation.group_by_length else None, optimisation.seed)
+        self.add_callback(_Epochs(self.sampler, collator))
         self.model_accepts_loss_kwargs = True  # so that a step's items are counted, for `compute_loss`
         self.remove_callback(PrinterCallback)  # which prints to stdout
         if optimisation.gradient_checkpointing and model.supports_gradient_checkpointing:
@@ -122,9 +132,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        chosen = self.optimisation
-        size = chosen.batch_size * chosen.accumulation * self.args.world_size
-        return ByLength(self.lengths, size if chosen.group_by_length else None, chosen.seed)
+        return self.sampler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -141,7 +149,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             loss = self.distillation.loss(loss, outputs, inputs)
         if num_items_in_batch is not None:
             labels = inputs["labels"]
-            counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+            counted = labels[..., 1:] if self.next_token else labels
             loss = loss * (counted != IGNORE).sum() * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
@@ -152,6 +160,19 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}", hint="lower --lr or --mpo-lr"
             )
         return loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Through `from_pretrained`: a plain state dict lacks what transformers renames or fuses in saving."""
+        saved, report = type(self.model).from_pretrained(
+            resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise InputError(f"{resume_from_checkpoint}: lacks {missing[0]}", hint="begin anew with --overwrite")
+        tensors = saved.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                tensor.copy_(tensors[name])
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.model.named_parameters():
@@ -177,7 +198,7 @@ def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=chosen.save_steps or max(_LEAST_SAVE_STEPS, steps // 10),
+        save_steps=chosen.save_steps or _save_steps(steps, chosen.log_steps),
         save_total_limit=2,
         report_to=list(chosen.report_to) or "none",
         disable_tqdm=True,
@@ -190,6 +211,32 @@ def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.
     return arguments
 
 
+def _save_steps(steps: int, log_steps: int) -> int:
+    """A tenth of all steps, and a multiple of the logged ones: a resumed run then logs the same averages."""
+    return math.ceil(max(_LEAST_SAVE_STEPS, steps // 10) / log_steps) * log_steps
+
+
+def check_report_to(names: Sequence[str]) -> None:
+    """`UsageError` for a `--report-to` that the Trainer does not know or that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        get_reporting_integration_callbacks(list(names))
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"--report-to {','.join(names)}: {str(error).splitlines()[0]}") from error
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells sampler and collator the epoch: accelerate's wrappers, of a resumed run above all, do not."""
+
+    def __init__(self, *listeners: Any) -> None:
+        self.listeners = listeners
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for listener in self.listeners:
+            listener.epoch = int((state.epoch or 0.0) + 1e-6)
+
+
 class ByLength(Sampler[int]):
     """All samples in a random order that keeps similar lengths together, or plainly random without `batch_size`.
 
@@ -198,9 +245,6 @@ class ByLength(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], batch_size: int | None, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -295,6 +339,8 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
         where = f"; the last good weights are {kept}" if kept else ""
         raise NumericsError(error.message, hint=f"{error.hint}{where}") from error
     except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
         raise _unwritable(trainer, error) from error
     except Exception as error:
         if is_no_room(error):

@@ -157,7 +157,7 @@ def test_order_is_a_function_of_seed_and_epoch_and_keeps_lengths_together() -> N
     first = list(sampler)
     assert sorted(first) == list(range(1000))
     assert list(sampler) == first
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     assert list(sampler) != first
     assert list(ByLength(lengths, 8, seed=4)) != first
 

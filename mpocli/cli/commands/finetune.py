@@ -142,6 +142,10 @@ def command(
     for option, share in (("--warmup", warmup), ("--distill-weight", distill_weight)):
         if not 0 <= share <= 1:
             raise UsageError(f"{option} {share}: must lie between 0 and 1", hint="it is a share")
+    if not 0 <= weight_decay < float("inf") or not 0 < clip < float("inf"):
+        raise UsageError(
+            f"--weight-decay {weight_decay}, --clip {clip}: must not be negative", hint="0 and 1 are usual"
+        )
     chosen_seeds = _seeds(seeds)
     data = task_.data_options(
         task,
