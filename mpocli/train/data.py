@@ -530,10 +530,8 @@ def _hub_table(source: str, split: str | None) -> _Table:
     """NAME, NAME:CONFIG or NAME:CONFIG:SPLIT through `datasets`, from its cache where the network is off."""
     import datasets
 
-    parts = source.split(":")
-    if len(parts) > 3:
-        raise UsageError(f"{source}: too many colons", hint="NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
-    name, config, own_split = [*parts, "", ""][:3]
+    # A split may be a slice of one, as validation[:50%].
+    name, config, own_split = [*source.split(":", 2), "", ""][:3]
     try:
         data = datasets.load_dataset(name, config or None, split=own_split or split or "train")
     except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:

@@ -156,11 +156,6 @@ def test_a_hub_name_that_cannot_be_had_names_both_possibilities() -> None:
     fails("nobody/nothing-here:sst2", "no such file", "no data set that the hub gives")
 
 
-def test_a_hub_name_with_too_many_parts_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="colons"):
-        read_examples("a:b:c:d", SST2)
-
-
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
