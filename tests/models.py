@@ -6,6 +6,7 @@ model's config. Nothing here imports mpocli.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 VOCABULARY = 211  # a prime, as awkward as 30522 or 50257
 SEED = 1234
 
-_BERT: dict[str, Any] = {
+BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -24,7 +25,7 @@ _BERT: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": 40,
 }
-_GPT2: dict[str, Any] = {
+GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_embd": 48,
     "n_layer": 2,
@@ -33,7 +34,7 @@ _GPT2: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_T5: dict[str, Any] = {
+T5: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 48,
     "d_kv": 12,
@@ -43,7 +44,7 @@ _T5: dict[str, Any] = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
-_LLAMA: dict[str, Any] = {
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 86,  # 2·43: must be padded
@@ -56,34 +57,40 @@ _LLAMA: dict[str, Any] = {
 
 def bert_classifier(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tf.PreTrainedModel:
     """Embedding, attention, feed-forward, pooler and head: every role."""
-    made = tf.BertConfig(**{**_BERT, "num_labels": 3, **config})
-    return _save(tf.BertForSequenceClassification, made, directory, dtype)
+    made = tf.BertConfig(**{**BERT, "num_labels": 3, **config})
+    return save(tf.BertForSequenceClassification, made, directory, dtype)
 
 
 def bert_masked_lm(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tf.PreTrainedModel:
     """Its decoder is tied to the token embedding."""
-    return _save(tf.BertForMaskedLM, tf.BertConfig(**{**_BERT, **config}), directory, dtype)
+    return save(tf.BertForMaskedLM, tf.BertConfig(**{**BERT, **config}), directory, dtype)
 
 
 def gpt2(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tf.PreTrainedModel:
     """Conv1D layers, which store the transpose, and a tied head."""
-    return _save(tf.GPT2LMHeadModel, tf.GPT2Config(**{**_GPT2, **config}), directory, dtype)
+    return save(tf.GPT2LMHeadModel, tf.GPT2Config(**{**GPT2, **config}), directory, dtype)
 
 
 def t5(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tf.PreTrainedModel:
     """Encoder and decoder, cross-attention, a token table shared by three modules."""
-    return _save(tf.T5ForConditionalGeneration, tf.T5Config(**{**_T5, **config}), directory, dtype)
+    return save(tf.T5ForConditionalGeneration, tf.T5Config(**{**T5, **config}), directory, dtype)
 
 
 def llama(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tf.PreTrainedModel:
     """Grouped-query attention, gated feed-forward, no biases, an untied head."""
-    return _save(tf.LlamaForCausalLM, tf.LlamaConfig(**{**_LLAMA, **config}), directory, dtype)
+    return save(tf.LlamaForCausalLM, tf.LlamaConfig(**{**LLAMA, **config}), directory, dtype)
 
 
-def _save(cls: Any, config: tf.PretrainedConfig, directory: Path, dtype: torch.dtype) -> tf.PreTrainedModel:
+def save(cls: Any, config: tf.PretrainedConfig, directory: Path, dtype: torch.dtype) -> tf.PreTrainedModel:
+    """A random model of a class, saved."""
+    return prepared(lambda: cls(config), directory, dtype)
+
+
+def prepared(build: Callable[[], tf.PreTrainedModel], directory: Path, dtype: torch.dtype) -> tf.PreTrainedModel:
+    """Build a model from the fixed seed and save it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: tf.PreTrainedModel = cls(config).eval()
+        model = build().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # At the usual 0.02 the logits would be too small for a relative bound to mean anything.
