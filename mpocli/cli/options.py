@@ -75,7 +75,9 @@ def parse_shapes(texts: list[str]) -> tuple[tuple[str, SiteShape], ...]:
     for text in texts:
         glob, equals, shape = text.rpartition("=")
         if not equals or not glob:
-            raise UsageError(f"--shape {text!r} has no glob", hint="write --shape '*attention*=3,4,4,4,4x4,4,4,4,3'")
+            raise UsageError(
+                f"--shape {text!r} is not GLOB=ROWSxCOLUMNS", hint="write --shape '*attention*=3,4,4,4,4x4,4,4,4,3'"
+            )
         try:
             shapes.append((glob, SiteShape.parse(shape)))
         except InputError as error:

@@ -79,7 +79,7 @@ def training_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
 
     def say(done: int, total: int, line: str) -> None:
         nonlocal said
-        if line != said:
+        if line and line != said:
             said = line
             err.print(f"step {done:,} of {total:,}: {line}", markup=False)
 
@@ -116,15 +116,23 @@ def error(value: float | None) -> str:
 
 
 def table(*columns: str) -> Table:
-    """A plain table: the first column to the left, numbers to the right. A leading `<` keeps one to the left.
-
-    Only the first column gives way in a narrow terminal: it folds, and no number is ever cut.
-    """
+    """A plain table: the first column to the left, numbers to the right. A leading `<` keeps one to the left."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for k, column in enumerate(columns):
         left = k == 0 or column.startswith("<")
-        made.add_column(column.removeprefix("<"), justify="left" if left else "right", no_wrap=k > 0, overflow="fold")
+        made.add_column(column.removeprefix("<"), justify="left" if left else "right", no_wrap=True)
     return made
+
+
+def show(made: Table) -> None:
+    """Print a table at its own width: in a narrower terminal its lines wrap, and no number is ever cut."""
+    natural = made.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+    before = out.width
+    out.width = max(before, natural)
+    try:
+        out.print(made)
+    finally:
+        out.width = before
 
 
 def by_role(modules: Iterable[Any]) -> list[tuple[str | None, list[Any]]]:
@@ -136,13 +144,17 @@ def by_role(modules: Iterable[Any]) -> list[tuple[str | None, list[Any]]]:
 
 
 def notes(modules: Iterable[Any]) -> list[str]:
-    """Why selected matrices were kept, one line for each role and reason."""
+    """Why selected matrices were kept, one line for each role and reason, with numbers where they are the same."""
     grouped: dict[tuple[str, str], list[Any]] = {}
     for module in modules:
         if module.action == "kept" and module.reason and module.reason != "not selected":
-            grouped.setdefault((module.role or "other", module.reason), []).append(module)
+            grouped.setdefault((module.role or "other", module.reason.partition(" (")[0]), []).append(module)
     lines = []
     for (role, reason), members in grouped.items():
         name = f"{len(members)} {role} matrices" if len(members) > 1 else members[0].name
-        lines.append(f"kept dense: {name}: {reason}")
+        full = {member.reason for member in members}
+        lines.append(f"kept dense: {name}: {full.pop() if len(full) == 1 else reason}")
     return lines
+
+
+UNKNOWN = "?: not measured (a dry run, or weights that were trained or changed since)"

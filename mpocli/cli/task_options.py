@@ -60,7 +60,7 @@ NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", help="Of a text that is written.", rich_help_panel=DATA)
 ]
 Precision = Annotated[
-    str, typer.Option("--precision", metavar="fp32|bf16", help="auto: bf16 on a GPU that has it, else fp32.")
+    str, typer.Option("--precision", metavar="NAME", help="fp32, bf16 or auto: bf16 on a GPU that has it.")
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")]
 

@@ -61,6 +61,12 @@ class Checkpoint:
         return survey(self.config, self.reader, self.manifest, trust_remote_code=self.trust_remote_code)
 
     @property
+    def architecture(self) -> str:
+        """The class it was saved from, `AutoModel` where that is not said."""
+        names = self.config_json.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else "AutoModel"
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """Of most of its elements."""
         sizes: dict[torch.dtype, int] = {}

@@ -24,6 +24,7 @@ class DecomposeReport:
     before: Totals
     modules: tuple[ModuleReport, ...]
     base_model: dict[str, Any] = field(default_factory=dict)
+    architecture: str = "AutoModel"
 
 
 def run(
@@ -74,4 +75,5 @@ def run(
         before=checkpoint.totals(),
         modules=worker.reports(),
         base_model={} if dry_run else checkpoint.base_model(),
+        architecture=checkpoint.architecture,
     )

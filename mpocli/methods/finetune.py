@@ -122,6 +122,8 @@ def run(
     if state.num_processes > 1:
         device = state.device
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if resume and not _training_directory(out).exists() and (out / "config.json").is_file():
+        raise InputError(f"{out}: this run is finished, there is nothing to resume", hint="--overwrite begins anew")
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
@@ -238,7 +240,7 @@ def _checkpoint_of(directory: Path, options: dict[str, Any], *, resume: bool, ov
         key = changed[0]
         raise InputError(
             f"{directory}: the interrupted run had {key} = {begun.get(key)!r}, this one has {options.get(key)!r}",
-            hint="resume with the same options, or delete that directory to begin anew",
+            hint="resume with the same options, or pass --overwrite instead of --resume to begin anew",
         )
     return last_checkpoint(directory)
 

@@ -266,6 +266,18 @@ def test_an_output_that_exists_is_refused_and_kept(cli: Cli, train: Train, lab: 
     assert len(tasks.logged(work / "out")) == 3
 
 
+def test_resuming_a_finished_run_says_that_it_is_finished(cli: Cli, train: Train, lab: Path, work: Path) -> None:
+    train("mpo", "out", "--steps", 2)
+    before = tree(work)
+    refused(cli("finetune", lab / "mpo", *sst2(lab), "-o", "out", "--resume"), 3, "finished", "--overwrite")
+    assert tree(work) == before
+
+
+def test_update_of_cores_is_refused_where_there_are_none(cli: Cli, lab: Path, work: Path) -> None:
+    refused(cli("finetune", lab / "body", *sst2(lab), "-o", "out", "--update", "central"), 2, "--update", "no MPOs")
+    assert tree(work) == {}
+
+
 def test_one_taken_directory_among_seeds_is_told_before_any_training(
     cli: Cli, train: Train, lab: Path, work: Path
 ) -> None:

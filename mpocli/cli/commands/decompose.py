@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +13,7 @@ from mpocli.cli.options import at_least, one_of
 
 if TYPE_CHECKING:
     from mpocli.methods.decompose import DecomposeReport
+    from mpocli.methods.decompose_write import ModuleReport
 
 SIZE = "How far to truncate"
 WHICH = "Which matrices"
@@ -178,8 +181,8 @@ def show(report: DecomposeReport) -> None:
             render.count(before),
             render.count(after),
             render.ratio(after, before),
-            (render.error(max(known)) if known else "?") if made else "",
-            (render.error(sum(known) / len(known)) if known else "?") if made else "",
+            _over(max, known, made),
+            _over(statistics.mean, known, made),
         )
     totals = report.totals
     rest = totals.dense_params - sum(module.dense_params for module in report.modules)
@@ -188,13 +191,20 @@ def show(report: DecomposeReport) -> None:
     table.add_section()
     whole = render.count(totals.dense_params), render.count(totals.params), f"{totals.ratio:.3f}"
     table.add_row("model", "", *whole, style="bold")
-    render.out.print(table)
+    render.show(table)
+    if any(module.action == "mpo" and module.relative_error is None for module in report.modules):
+        render.out.print(render.UNKNOWN, style="dim")
     render.out.print(
         f"weight files  {render.size(report.before.bytes)} → [bold]{render.size(totals.bytes)}[/bold]"
         f"   (ratio = parameters after / dense: below 1 is smaller)"
     )
     for line in render.notes(report.modules):
         render.err.print(line, style="yellow")
+    if report.before.params < totals.params and report.before.params < totals.dense_params:
+        render.err.print(
+            f"the input had {report.before.params:,} parameters: without a truncation option what is decomposed grows",
+            style="yellow",
+        )
     if not any(module.action == "mpo" for module in report.modules):
         render.err.print("nothing was decomposed", style="yellow")
     if report.dry_run:
@@ -202,4 +212,14 @@ def show(report: DecomposeReport) -> None:
     else:
         render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)
         if any(module.action == "mpo" for module in report.modules):
-            render.err.print("load it with: import mpocli; AutoModel.from_pretrained(…)", style="dim")
+            line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
+            render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim", markup=False)
+
+
+def _over(measure: Callable[[list[float]], float], known: list[float], made: list[ModuleReport]) -> str:
+    """Of the errors of all matrices of a row; `?` where one is unknown."""
+    if not made:
+        return ""
+    from mpocli.cli import render
+
+    return render.error(measure(known)) if len(known) == len(made) else "?"

@@ -89,7 +89,7 @@ def _show(report: DemoReport) -> None:
         if k and arm.model != report.arms[k - 1].model:
             table.add_section()
         table.add_row(arm.model, arm.made_by, render.count(arm.params), render.size(arm.bytes), f"{arm.perplexity:.1f}")
-    render.out.print(table)
+    render.show(table)
     render.out.print("(perplexity per token on held-out docstrings; BERT's on masked tokens)\n", style="dim")
     for model, questions in zip(("bert", "gpt2"), report.questions, strict=True):
         for number, question in enumerate(questions):

@@ -64,7 +64,8 @@ def command(
 
     [bold]Examples[/bold]
 
-      mpocli eval bert-sst2-mpo --task sst2 --eval dev.tsv --baseline bert-sst2 --max-drop accuracy=0.01
+      mpocli eval mpo --task sst2 --eval dev.tsv --max-drop accuracy=0.01 \\
+      --baseline dense
 
       mpocli eval gpt2-mpo --task lm --eval wiki.test.txt --max-length 1024
     """
@@ -178,9 +179,9 @@ def _show(report: EvalReport) -> None:
         row("p50 per batch", *[f"{s.batch_seconds_p50 * 1e3:.1f} ms" if s else "" for s in pairs])
         row("tokens / s", *[f"{s.tokens_per_second:,.0f}" if s else "" for s in pairs])
         row("peak memory", *[render.size(s.peak_memory_bytes) if s else "" for s in pairs])
-    render.out.print(table)
+    render.show(table)
     if report.metrics:
-        render.out.print(f"{report.samples:,} samples", style="dim")
+        render.out.print(f"{report.samples:,} {'windows' if report.task == 'lm' else 'samples'}", style="dim")
     if report.agreement:
         words = {"labels": "equal labels", "tokens": "equal likeliest tokens", "equal_texts": "equal texts"}
         said = [f"{words.get(name, name)} {value:.4f}" for name, value in report.agreement.items()]

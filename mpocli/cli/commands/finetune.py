@@ -36,8 +36,8 @@ def command(
         str | None,
         typer.Option(
             "--update",
-            metavar="auxiliary|central|all",
-            help="Which cores to train; what is not decomposed always is. Default: auxiliary where there are MPOs.",
+            metavar="CORES",
+            help="auxiliary, central or all; what is not decomposed is always trained. Default: auxiliary.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -64,9 +64,10 @@ def command(
     clip: Annotated[
         float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW)
     ] = 1.0,
-    group_by_length: Annotated[
-        bool, typer.Option("--group-by-length/--no-group-by-length", help="Less padding.", rich_help_panel=HOW)
-    ] = True,
+    random_batches: Annotated[
+        bool,
+        typer.Option("--random-batches", help="Do not keep similar lengths together.", rich_help_panel=HOW),
+    ] = False,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option("--gradient-checkpointing", help="Less memory: recompute activations.", rich_help_panel=HOW),
@@ -79,7 +80,7 @@ def command(
     device: task_.Device = "auto",
     select: Annotated[
         str,
-        typer.Option("--select", metavar="last|best", help="best: on a held-out tenth of --train, once an epoch."),
+        typer.Option("--select", metavar="WHICH", help="last, or best on a held-out tenth of --train, once an epoch."),
     ] = "last",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of head, order and dropout.")] = 0,
     seeds: Annotated[
@@ -116,19 +117,18 @@ def command(
 ) -> None:
     """Fine-tune a model on a task: of an MPO checkpoint, its auxiliary cores alone.
 
-    The central cores, nine tenths of the parameters, stay as they are; what is
-    not decomposed (biases, norms, the head) is trained too. Ordinary
-    checkpoints are fine-tuned whole.
+    The central cores, most of the parameters, stay as they are; what is not
+    decomposed (biases, norms, the head) is trained too. Ordinary checkpoints
+    are fine-tuned whole.
 
     [bold]Examples[/bold]
 
-      mpocli finetune bert-mpo --task sst2 --train train.tsv --eval dev.tsv --lr 3e-4
+      mpocli finetune bert-mpo --task sst2 --train train.tsv --lr 3e-4
 
-      mpocli finetune gpt2-mpo --task lm --train train.txt --eval valid.txt --max-length 512 --epochs 1
+      mpocli finetune gpt2-mpo --task lm --train train.txt --max-length 512
 
-      mpocli finetune bert-mpo --task classification --text-column text --label-column label --train my.csv
-
-      accelerate launch -m mpocli finetune bert-mpo --task sst2 --train train.tsv
+      accelerate launch -m mpocli finetune bert-mpo --task sst2 \\
+      --train train.tsv
     """
     one_of("--update", update, ("auxiliary", "central", "all"))
     one_of("--select", select, ("last", "best"))
@@ -178,7 +178,7 @@ def command(
             accumulation=accumulation,
             precision=task_.precision_of(precision, device),
             gradient_checkpointing=gradient_checkpointing,
-            group_by_length=group_by_length,
+            group_by_length=not random_batches,
             log_steps=log_steps,
             save_steps=save_steps,
             report_to=tuple(report_to or ()),
@@ -198,13 +198,20 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     destination = out or options.default_out(model, "finetuned")
-    with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
-        if chosen_seeds:
-            reports = finetune.run_seeds(
-                model, config, destination, chosen_seeds, overwrite=overwrite, resume=resume, progress=progress
-            )
-        else:
-            reports = (finetune.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress),)
+    try:
+        with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
+            if chosen_seeds:
+                reports = finetune.run_seeds(
+                    model, config, destination, chosen_seeds, overwrite=overwrite, resume=resume, progress=progress
+                )
+            else:
+                one = finetune.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
+                reports = (one,)
+    except KeyboardInterrupt:
+        kept = destination.with_name(f"{destination.name}.training")
+        if kept.is_dir():
+            render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
+        raise
     if not reports[0].is_writer:
         return
     if json and chosen_seeds:
@@ -237,7 +244,7 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
         row = [_spread(before), _spread(after), *((_spread(tested),) if first.test_metrics else ())]
         table.add_row(name, *row)
     if first.metrics:
-        render.out.print(table)
+        render.show(table)
     parts = [f"{count:,} {role}" for role, count in first.trainable_by_role.items() if count]
     share = first.trainable_params / first.totals.params
     render.out.print(

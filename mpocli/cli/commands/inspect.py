@@ -78,7 +78,9 @@ def command(
     if report.problems:
         raise InputError(
             f"{model}: {len(report.problems)} of {report.checks} checks failed; the first: {report.problems[0]}",
-            hint="restore the files that the manifest describes, or decompose again",
+            hint="name as --base the model that was decomposed"
+            if report.problems[0].startswith("base model")
+            else "restore the files that the manifest describes, or decompose again",
         )
 
 
@@ -88,7 +90,9 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
     if one_by_one:
         _matrices(report)
     else:
-        render.out.print(_roles(report))
+        render.show(_roles(report))
+    if any(view.action == "mpo" and view.relative_error is None for view in report.modules):
+        render.out.print(render.UNKNOWN, style="dim")
     for view in report.modules:
         if view.singular_values is not None:
             _spectrum(view)
@@ -118,7 +122,7 @@ def _roles(report: InspectReport) -> Any:
             render.ratio(params, sum(view.dense_params for view in views)),
             render.count(sum(view.central_params or 0 for view in made)) if made else "",
             render.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
-            (render.error(max(known)) if known else "?") if made else "",
+            (render.error(max(known)) if len(known) == len(made) else "?") if made else "",
             render.size(sum(view.bytes for view in views)),
         )
     if report.rest_params:
@@ -166,7 +170,7 @@ def _spectrum(view: ModuleView) -> None:
             f"{entropy / most:.0%}" if most else "",
             _bars(values),
         )
-    render.out.print(table)
+    render.show(table)
 
 
 def _bars(values: tuple[float, ...]) -> str:

@@ -48,5 +48,5 @@ def command(
     table.add_row("matrices as MPO", str(report.merged), "0")
     table.add_row("parameters", render.count(report.before.params), render.count(report.totals.params))
     table.add_row("bytes", render.size(report.before.bytes), render.size(report.totals.bytes))
-    render.out.print(table)
+    render.show(table)
     render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)

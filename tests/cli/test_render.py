@@ -1,0 +1,41 @@
+"""Tables say the whole truth in every width."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mpocli.cli import render
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> str:
+    stream = io.StringIO()
+    monkeypatch.setattr(render, "out", Console(file=stream, width=width, highlight=False, force_terminal=False))
+    table = render.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err")
+    table.add_row("embedding", "1 of 1", "23,440,896", "16,123,456", "0.688", "0.503", "0.503")
+    render.show(table)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 160])
+def test_no_column_and_no_digit_is_lost_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    text = printed(monkeypatch, width)
+    for cell in ("role", "as MPO", "→ after", "worst err", "embedding", "23,440,896", "16,123,456", "0.688", "0.503"):
+        assert cell in text, (width, text)
+    assert "…" not in text
+
+
+def test_notes_name_a_role_once_where_only_numbers_differ() -> None:
+    class Module:
+        action, role = "kept", "attention"
+
+        def __init__(self, name: str, reason: str) -> None:
+            self.name, self.reason = name, reason
+
+    larger = "an MPO would be larger ({} > {} parameters)"
+    modules = [Module("q", larger.format(5, 4)), Module("k", larger.format(7, 6))]
+    assert render.notes(modules) == ["kept dense: 2 attention matrices: an MPO would be larger"]
+    same = [Module("q", larger.format(5, 4)), Module("k", larger.format(5, 4))]
+    assert render.notes(same) == [f"kept dense: 2 attention matrices: {larger.format(5, 4)}"]
