@@ -192,7 +192,6 @@ def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.
         learning_rate=chosen.lr,
         max_grad_norm=chosen.clip,
         bf16=chosen.precision == "bf16",
-        fp16=chosen.precision == "fp16",
         use_cpu=device.type == "cpu",
         logging_steps=chosen.log_steps,
         logging_first_step=True,
