@@ -39,6 +39,7 @@ ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
 def print_json(command: str, report: Any, **extra: Any) -> None:
     """One object, `schema` first, never NaN."""
     data = {"schema": f"mpocli.{command}/1", **asdict(report), **extra}
+    data.pop("is_writer", None)  # the one that prints is
     try:
         sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
         sys.stdout.flush()

@@ -95,9 +95,14 @@ class Checkpoint:
         return {"name": self.source.name, "revision": self.source.revision, "weights_sha256": self.reader.sha256}
 
     def history(
-        self, command: str, options: dict[str, Any], seed: int, metrics: dict[str, float] | None = None
+        self,
+        command: str,
+        options: dict[str, Any],
+        seed: int,
+        metrics: dict[str, float] | None = None,
+        more: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], ...]:
-        """The manifest's history with one more command on it."""
+        """The manifest's history with one more command on it; `more` are keys of its own."""
         import torch
         import transformers
 
@@ -112,6 +117,7 @@ class Checkpoint:
             },
             "metrics": metrics or {},
             "input_sha256": self.reader.sha256,
+            **(more or {}),
         }
         return (*(self.manifest.history if self.manifest else ()), entry)
 
@@ -179,6 +185,7 @@ def write_trained(
     *,
     seed: int,
     metrics: dict[str, float],
+    more: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Totals:
     """A trained model as a checkpoint in `work`, in its source's dtype, and what it now amounts to.
@@ -195,7 +202,7 @@ def write_trained(
         base_model=source.base_model(),
         modules=tuple(replace(entry, role=roles.get(entry.name), dtype=dtype_name(stored)) for entry in modules),
         totals=saved.totals(),
-        history=source.history(command, options, seed, metrics),
+        history=source.history(command, options, seed, metrics, more),
     )
     write_surroundings(work, source, manifest, config_json=saved.config_json)
     return saved.totals()

@@ -7,19 +7,18 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mpocli.errors import InputError, NumericsError, UsageError
+from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods.device import device_of
+from mpocli.methods.run_directory import check_begun, run_directory, training_directory
+from mpocli.methods.student import check_finite, count_trainable, load_student, round_to
 from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation
@@ -36,10 +35,9 @@ from mpocli.train.segment import (
     last_checkpoint,
     train_segment,
 )
-from mpocli.train.updates import roles, set_recompute, set_update
+from mpocli.train.updates import set_recompute, set_update
 
 Progress = Callable[[int, int, str], None]
-_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -122,21 +120,21 @@ def run(
     if state.num_processes > 1:
         device = state.device
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    if resume and not _training_directory(out).exists() and (out / "config.json").is_file():
+    if resume and not training_directory(out).exists() and (out / "config.json").is_file():
         raise InputError(f"{out}: this run is finished, there is nothing to resume", hint="--overwrite begins anew")
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
     check_report_to(config.optimisation.report_to)
-    training = _training_directory(out)
+    training = training_directory(out)
     options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
     options["processes"] = state.num_processes
-    done = _checkpoint_of(training, options, resume=resume, overwrite=overwrite)
+    done = last_checkpoint(training) if check_begun(training, options, resume=resume, overwrite=overwrite) else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
     schedule, steps = _schedule(config, len(data.train), state.num_processes)
 
     set_seed(config.optimisation.seed)
-    student = _student(checkpoint, data, config)
+    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
     update = config.update or ("auxiliary" if checkpoint.is_mpo else "all")
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
@@ -145,7 +143,14 @@ def run(
     if config.select == "best":
         callbacks.append(_keep_best(training, data, config))
     state.wait_for_everyone()  # all have looked for an interrupted run before one begins
-    with _directory(training, options, begins=not resume, writes=state.is_main_process):
+    with run_directory(
+        training,
+        options,
+        files=(METRICS,),
+        begins=not resume,
+        writes=state.is_main_process,
+        worth_keeping=lambda: last_checkpoint(training) is not None,
+    ):
         state.wait_for_everyone()
         trainer = SegmentTrainer(
             student,
@@ -170,7 +175,7 @@ def run(
         step_seconds = time.perf_counter() - trained_from
     state.wait_for_everyone()  # the best weights are written by the first
     selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
-    trainable = _count_trainable(student)
+    trainable = count_trainable(student)
     report = FinetuneReport(
         out=str(out),
         seconds=0.0,
@@ -189,9 +194,9 @@ def run(
         is_writer=bool(state.is_main_process),
     )
     if report.is_writer:
-        _check_finite(student)
+        check_finite(student)
         # Measured is what is stored: rounded, where that is half precision.
-        _round(student, checkpoint.stored_dtype)
+        round_to(student, checkpoint.stored_dtype)
         if tells and data.eval:
             tells(steps, steps, "evaluating")
         after = evaluate(student, data, config.data)
@@ -215,70 +220,6 @@ def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Sch
     per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
-
-
-def _training_directory(out: Path) -> Path:
-    return out.resolve().with_name(f"{out.resolve().name}.training")
-
-
-def _checkpoint_of(directory: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None to begin. Raises `InputError` where the options are not those that began."""
-    if not resume:
-        if directory.exists() and any(directory.iterdir()) and not overwrite:
-            raise InputError(
-                f"{directory}: is left of an interrupted run",
-                hint="pass --resume to go on, or --overwrite to begin anew",
-            )
-        return None
-    record = directory / _RECORD
-    if not record.is_file():
-        raise InputError(f"{directory}: no interrupted run to resume", hint="run without --resume")
-    begun = json.loads(record.read_text())
-    options = json.loads(json.dumps(options))  # tuples are lists there
-    changed = sorted(key for key in options.keys() | begun.keys() if options.get(key) != begun.get(key))
-    if changed:
-        key = changed[0]
-        raise InputError(
-            f"{directory}: the interrupted run had {key} = {begun.get(key)!r}, this one has {options.get(key)!r}",
-            hint="resume with the same options, or pass --overwrite instead of --resume to begin anew",
-        )
-    return last_checkpoint(directory)
-
-
-@contextmanager
-def _directory(directory: Path, options: dict[str, Any], *, begins: bool, writes: bool) -> Iterator[None]:
-    """The training directory, made anew where a run `begins`; a failure leaves it only with something to resume."""
-    if writes and begins:
-        shutil.rmtree(directory, ignore_errors=True)
-        try:
-            directory.mkdir(parents=True)
-            (directory / _RECORD).write_text(json.dumps(options))
-            (directory / METRICS).touch()
-        except OSError as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise InputError(
-                f"{directory}: cannot be written ({error.strerror})", hint="choose another --out"
-            ) from error
-    try:
-        yield
-    except BaseException:
-        if writes and last_checkpoint(directory) is None:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-def _student(checkpoint: Checkpoint, data: TaskData, config: FinetuneConfig) -> Any:
-    model = load_model(
-        checkpoint.source.directory,
-        checkpoint.config,
-        data.task,
-        data.family,
-        data.label_names,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = data.pad
-    return model
 
 
 def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint) -> Distillation | None:
@@ -322,26 +263,6 @@ def _take_best(model: Any, best: KeepBest) -> int:
         raise UsageError("--select best: nothing was evaluated", hint="train for one epoch at least")
     best.restore(model)
     return best.step
-
-
-def _count_trainable(model: Any) -> tuple[int, dict[str, int]]:
-    counts = {"auxiliary": 0, "central": 0, "other": 0}
-    for _, parameter, role in roles(model):
-        if parameter.requires_grad:
-            counts[role] += parameter.numel()
-    return sum(counts.values()), counts
-
-
-@torch.no_grad()
-def _round(model: Any, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-
-
-def _check_finite(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NumericsError(f"{name} is not finite after training", hint="lower --lr or --mpo-lr")
 
 
 def summary(out: str, seeds: tuple[int, ...], reports: Sequence[FinetuneReport]) -> SeedsReport:
@@ -391,7 +312,7 @@ def run_seeds(
     if not resume:
         for place in places.values():  # before hours of training, not after
             check_output(place, None, overwrite=overwrite)
-    elif not any(finished[seed].is_file() or _training_directory(places[seed]).is_dir() for seed in seeds):
+    elif not any(finished[seed].is_file() or training_directory(places[seed]).is_dir() for seed in seeds):
         raise InputError(f"{out}: no interrupted runs to resume", hint="run without --resume")
     reports = []
     for seed, place in places.items():
@@ -399,7 +320,7 @@ def run_seeds(
             reports.append(_read_report(finished[seed]))
             continue
         one = replace(config, optimisation=replace(config.optimisation, seed=seed))
-        begun = _training_directory(place).exists()
+        begun = training_directory(place).exists()
         reports.append(run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress))
         if reports[-1].is_writer:
             finished[seed].write_text(json.dumps(asdict(reports[-1])))

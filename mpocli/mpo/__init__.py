@@ -5,12 +5,14 @@ from mpocli.mpo.contract import apply_chain, chain_macs, choose_path, rebuild_ma
 from mpocli.mpo.factorize import site_shape
 from mpocli.mpo.from_matrix import decompose, stored_error
 from mpocli.mpo.mpo import MPO
+from mpocli.mpo.projectors import BondCut, cut_bond, inner_bonds_of_centre
 from mpocli.mpo.shape import SiteShape
 from mpocli.mpo.spectrum import bond_spectra, entropy_nats, error_bounds
 from mpocli.mpo.truncation import Truncation, TruncationError
 
 __all__ = [
     "MPO",
+    "BondCut",
     "SiteShape",
     "Truncation",
     "TruncationError",
@@ -21,9 +23,11 @@ __all__ = [
     "chain_macs",
     "choose_path",
     "compress",
+    "cut_bond",
     "decompose",
     "entropy_nats",
     "error_bounds",
+    "inner_bonds_of_centre",
     "rebuild_macs",
     "site_shape",
     "stored_error",

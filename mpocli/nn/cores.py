@@ -90,6 +90,22 @@ class MPOModule(nn.Module):
         for parameter, core in zip(self.cores, mpo.cores, strict=True):
             parameter.copy_(core)
 
+    @torch.no_grad()
+    def replace_cores(self, mpo: MPO) -> None:
+        """Take over an MPO of the same sites and other bonds: new parameters where a shape differs, copies elsewhere.
+
+        Whoever holds the old parameters (an optimiser, a tied module) must be told. `InputError` for other sites.
+        """
+        if mpo.site_shape != self.sites or mpo.shape != self.shape:
+            raise InputError(f"an MPO of {mpo.site_shape}, {mpo.shape} for a module of {self.sites}, {self.shape}")
+        for k, (old, new) in enumerate(zip(self.cores, mpo.cores, strict=True)):
+            if old.shape == new.shape:
+                old.copy_(new)
+            else:
+                made = nn.Parameter(new.to(old).clone(), requires_grad=old.requires_grad)
+                setattr(self, f"core_{k}", made)
+        self.bond_dims = mpo.bond_dims
+
     def to_mpo(self) -> MPO:
         return MPO(tuple(core.detach() for core in self.cores), self.shape)
 

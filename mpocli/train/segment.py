@@ -26,6 +26,7 @@ from mpocli.errors import InputError, NumericsError, UsageError
 from mpocli.io.output import is_no_room
 from mpocli.train.distill import Distillation
 from mpocli.train.encode import IGNORE
+from mpocli.train.moments import Moments, put_moments
 from mpocli.train.updates import parameter_groups
 
 METRICS = "metrics.jsonl"
@@ -75,10 +76,21 @@ class Schedule:
         return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a segment of known length stands in a chain: its number, which seeds dropout and masks, and the steps
+    before it, whose examples it does not see again."""
+
+    number: int
+    first_step: int
+
+
 class SegmentTrainer(Trainer):  # type: ignore[misc]
     """HF's Trainer with parameter groups by role, this module's schedule, and an end at the first NaN.
 
-    `next_token` says that labels are shifted in the model's loss: those of a causal language model.
+    `next_token` says that labels are shifted in the model's loss: those of a causal language model. `place` is given
+    where this is one of many segments, and `moments` are the optimiser's state by parameter name to begin with.
+    Without `checkpoints` nothing is saved along the way.
     """
 
     def __init__(
@@ -95,22 +107,29 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[TrainerCallback] = (),
         distillation: Distillation | None = None,
         next_token: bool = False,
+        place: Place | None = None,
+        moments: Moments | None = None,
+        checkpoints: bool = True,
     ) -> None:
         self.next_token = next_token
+        self.moments = moments
         self.optimisation = optimisation
         self.schedule = schedule
         self.distillation = distillation
         lengths = [len(feature["input_ids"]) for feature in features]
         super().__init__(
             model=model,
-            args=_arguments(optimisation, steps, directory, device),
+            args=_arguments(optimisation, steps, directory, device, place, checkpoints=checkpoints),
             train_dataset=list(features),
             data_collator=collator,
             callbacks=[*callbacks],
         )
         together = optimisation.batch_size * optimisation.accumulation * self.args.world_size
-        self.sampler = ByLength(lengths, together if optimisation.group_by_length else None, optimisation.seed)
-        self.add_callback(_Epochs(self.sampler, collator))
+        grouped = together if optimisation.group_by_length else None
+        self.sampler: Sampler[int] = ByLength(lengths, grouped, optimisation.seed)
+        if place is not None:
+            self.sampler = Stretch(self.sampler, together, place.first_step, steps)
+        self.add_callback(_Epochs(self.sampler, collator, first=place.number if place else 0))
         self.model_accepts_loss_kwargs = True  # so that a step's items are counted, for `compute_loss`
         self.remove_callback(PrinterCallback)  # which prints to stdout
         if optimisation.gradient_checkpointing and model.supports_gradient_checkpointing:
@@ -125,6 +144,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             self.model, chosen.lr, chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr, chosen.weight_decay
         )
         self.optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
+        if self.moments:
+            put_moments(self.model, self.optimizer, self.moments)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -183,7 +204,9 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(*args, **kwargs)
 
 
-def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.device) -> TrainingArguments:
+def _arguments(
+    chosen: Optimisation, steps: int, directory: Path, device: torch.device, place: Place | None, *, checkpoints: bool
+) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=chosen.batch_size,
@@ -196,14 +219,14 @@ def _arguments(chosen: Optimisation, steps: int, directory: Path, device: torch.
         logging_steps=chosen.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=chosen.save_steps or _save_steps(steps, chosen.log_steps),
         save_total_limit=2,
         report_to=list(chosen.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
-        seed=chosen.seed,
+        seed=chosen.seed + (1_000_003 * place.number if place else 0),
         data_seed=chosen.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several devices are several processes, never threads of one
@@ -228,12 +251,12 @@ def check_report_to(names: Sequence[str]) -> None:
 class _Epochs(TrainerCallback):  # type: ignore[misc]
     """Tells sampler and collator the epoch: accelerate's wrappers, of a resumed run above all, do not."""
 
-    def __init__(self, *listeners: Any) -> None:
-        self.listeners = listeners
+    def __init__(self, *listeners: Any, first: int = 0) -> None:
+        self.listeners, self.first = listeners, first
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for listener in self.listeners:
-            listener.epoch = int((state.epoch or 0.0) + 1e-6)
+            listener.epoch = self.first + int((state.epoch or 0.0) + 1e-6)
 
 
 class ByLength(Sampler[int]):
@@ -253,6 +276,30 @@ class ByLength(Sampler[int]):
         if self.batch_size is None:
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class Stretch(Sampler[int]):
+    """`steps` whole batches out of the endless row of a sampler's epochs, from batch `first` on.
+
+    What does not fill a batch at an epoch's end is left out; it is other samples each time.
+    """
+
+    def __init__(self, epochs: ByLength, batch_size: int, first: int, steps: int) -> None:
+        self.epochs, self.batch_size, self.first, self.steps = epochs, batch_size, first, steps
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.batch_size * self.steps
+
+    def __iter__(self) -> Iterator[int]:
+        per_epoch = max(1, len(self.epochs) // self.batch_size)
+        for step in range(self.first, self.first + self.steps):
+            epoch, batch = divmod(step, per_epoch)
+            if batch == 0 or step == self.first:
+                self.epochs.epoch = epoch
+                order = list(self.epochs)
+                order = order * math.ceil(self.batch_size / len(order))  # fewer samples than one batch has
+            yield from order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 # --- what is written along the way ------------------------------------------------------------------------------------
@@ -328,6 +375,7 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
     Raises `NumericsError` at a loss or tensor that is not finite and `InputError` where a checkpoint cannot be
     written; the last good one stays.
     """
+    had_forward = "forward" in trainer.model.__dict__
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except NumericsError as error:
@@ -345,6 +393,10 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
         if is_no_room(error):
             raise _unwritable(trainer, error) from error
         raise
+    finally:
+        if not had_forward:  # accelerate's mixed precision: the next segment would wrap it once more
+            trainer.model.__dict__.pop("forward", None)
+            trainer.model.__dict__.pop("_original_forward", None)
 
 
 def _unwritable(trainer: SegmentTrainer, error: Exception) -> InputError:

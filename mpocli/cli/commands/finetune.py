@@ -10,13 +10,14 @@ import typer
 
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
+from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, one_of
+from mpocli.cli.train_options import HOW
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
     from mpocli.methods.finetune import FinetuneReport
 
-HOW = "How to train"
 TEACHER = "Distillation"
 
 
@@ -32,50 +33,23 @@ def command(
     limit: task_.Limit = None,
     max_length: task_.MaxLength = 128,
     tokenizer: task_.Tokenizer = None,
-    update: Annotated[
-        str | None,
-        typer.Option(
-            "--update",
-            metavar="CORES",
-            help="auxiliary, central or all; what is not decomposed is always trained. Default: auxiliary.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=HOW)] = 1e-4,
-    mpo_lr: Annotated[
-        float | None, typer.Option("--mpo-lr", metavar="X", help="Of the cores. Default: --lr.", rich_help_panel=HOW)
-    ] = None,
+    update: train_.Update = None,
+    lr: train_.Lr = 1e-4,
+    mpo_lr: train_.MpoLr = None,
     epochs: Annotated[float, typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW)] = 3.0,
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW)
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", help="Per process.", rich_help_panel=HOW)
-    ] = 32,
-    accumulation: Annotated[
-        int, typer.Option("--accumulation", metavar="N", help="Batches per step.", rich_help_panel=HOW)
-    ] = 1,
+    batch_size: train_.BatchSize = 32,
+    accumulation: train_.Accumulation = 1,
     warmup: Annotated[
         float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW)
     ] = 0.06,
-    weight_decay: Annotated[
-        float, typer.Option("--weight-decay", metavar="X", help="AdamW's, of matrices.", rich_help_panel=HOW)
-    ] = 0.0,
-    clip: Annotated[
-        float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW)
-    ] = 1.0,
-    random_batches: Annotated[
-        bool,
-        typer.Option("--random-batches", help="Do not keep similar lengths together.", rich_help_panel=HOW),
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Less memory: recompute activations.", rich_help_panel=HOW),
-    ] = False,
-    recompute_weights: Annotated[
-        bool,
-        typer.Option("--recompute-weights", help="Less memory: rebuild MPO weights twice.", rich_help_panel=HOW),
-    ] = False,
+    weight_decay: train_.WeightDecay = 0.0,
+    clip: train_.Clip = 1.0,
+    random_batches: train_.RandomBatches = False,
+    gradient_checkpointing: train_.GradientCheckpointing = False,
+    recompute_weights: train_.RecomputeWeights = False,
     precision: task_.Precision = "auto",
     device: task_.Device = "auto",
     select: Annotated[
@@ -101,15 +75,13 @@ def command(
     ] = False,
     eval_batch_size: task_.EvalBatch = 64,
     max_new_tokens: task_.NewTokens = 96,
-    log_steps: Annotated[int, typer.Option("--log-steps", metavar="N", help="Steps per line of metrics.jsonl.")] = 50,
+    log_steps: train_.LogSteps = 50,
     save_steps: Annotated[
         int | None,
         typer.Option("--save-steps", metavar="N", help="Steps per checkpoint. Default: a tenth of all, at least 100."),
     ] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb, … as in the Trainer.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    report_to: train_.ReportTo = None,
+    resume: train_.Resume = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     revision: options.Revision = None,
@@ -130,22 +102,31 @@ def command(
       accelerate launch -m mpocli finetune bert-mpo --task sst2 \\
       --train train.tsv
     """
-    one_of("--update", update, ("auxiliary", "central", "all"))
     one_of("--select", select, ("last", "best"))
-    for option, value in (("--batch-size", batch_size), ("--accumulation", accumulation), ("--log-steps", log_steps)):
-        at_least(option, value, 1)
     for option, number in (("--steps", steps), ("--save-steps", save_steps)):
         at_least(option, number, 1)
-    for option, rate in (("--lr", lr), ("--mpo-lr", mpo_lr), ("--epochs", epochs), ("--temperature", temperature)):
-        if rate is not None and not 0 < rate < float("inf"):
+    for option, rate in (("--epochs", epochs), ("--temperature", temperature)):
+        if not 0 < rate < float("inf"):
             raise UsageError(f"{option} {rate}: must be above 0", hint=f"choose a positive {option}")
-    for option, share in (("--warmup", warmup), ("--distill-weight", distill_weight)):
-        if not 0 <= share <= 1:
-            raise UsageError(f"{option} {share}: must lie between 0 and 1", hint="it is a share")
-    if not 0 <= weight_decay < float("inf") or not 0 < clip < float("inf"):
-        raise UsageError(
-            f"--weight-decay {weight_decay}, --clip {clip}: must not be negative", hint="0 and 1 are usual"
-        )
+    train_.check_share("--distill-weight", distill_weight)
+    optimisation = train_.optimisation(
+        update=update,
+        lr=lr,
+        mpo_lr=mpo_lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        precision=precision,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+        random_batches=random_batches,
+        log_steps=log_steps,
+        save_steps=save_steps,
+        report_to=report_to,
+        seed=seed,
+    )
     chosen_seeds = _seeds(seeds)
     data = task_.data_options(
         task,
@@ -164,26 +145,10 @@ def command(
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import finetune
-    from mpocli.train.segment import Optimisation
 
     config = finetune.FinetuneConfig(
         data=data,
-        optimisation=Optimisation(
-            lr=lr,
-            mpo_lr=mpo_lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            clip=clip,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            precision=task_.precision_of(precision, device),
-            gradient_checkpointing=gradient_checkpointing,
-            group_by_length=not random_batches,
-            log_steps=log_steps,
-            save_steps=save_steps,
-            report_to=tuple(report_to or ()),
-            seed=seed,
-        ),
+        optimisation=optimisation,
         update=update,
         epochs=epochs,
         steps=steps,

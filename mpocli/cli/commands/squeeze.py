@@ -1,0 +1,276 @@
+"""`mpocli squeeze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import options
+from mpocli.cli import task_options as task_
+from mpocli.cli import train_options as train_
+from mpocli.cli.options import at_least, one_of, parse_bytes
+from mpocli.cli.train_options import HOW
+from mpocli.errors import TargetNotMetError, UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.squeeze import SqueezeReport
+
+WHEN = "When to stop"
+WHICH = "Which bond, how far"
+
+
+def command(
+    model: options.Model,
+    task: task_.TaskName = None,
+    train: task_.Train = None,
+    evaluate: task_.Eval = None,
+    test: task_.Test = None,
+    out: options.Out = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            metavar="X",
+            help="Stop when the task's main metric is worse by more than this, as 0.01; keep the last model inside.",
+            rich_help_panel=WHEN,
+        ),
+    ] = None,
+    target_params: Annotated[
+        int | None,
+        typer.Option("--target-params", metavar="N", help="Parameters of the whole model.", rich_help_panel=WHEN),
+    ] = None,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option("--target-ratio", metavar="X", help="Of the dense model's parameters.", rich_help_panel=WHEN),
+    ] = None,
+    target_bytes: Annotated[
+        str | None, typer.Option("--target-bytes", metavar="SIZE", help="Of weights, as 60MB.", rich_help_panel=WHEN)
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", metavar="N", help="No more than these.", rich_help_panel=WHEN)
+    ] = None,
+    reference: Annotated[
+        float | None,
+        typer.Option(
+            "--reference", metavar="X", help="What the drop is measured from. Default: MODEL's.", rich_help_panel=WHEN
+        ),
+    ] = None,
+    patience: Annotated[
+        int,
+        typer.Option("--patience", metavar="N", help="Rounds in a row outside --max-drop.", rich_help_panel=WHEN),
+    ] = 0,
+    order: Annotated[
+        str,
+        typer.Option(
+            "--order",
+            metavar="HOW",
+            help="error (least bound on ‖W−Ŵ‖), entropy (least of its width in use), or sensitivity (least loss).",
+            rich_help_panel=WHICH,
+        ),
+    ] = "error",
+    per_param: Annotated[
+        bool, typer.Option("--per-param", help="Divide by the parameters saved.", rich_help_panel=WHICH)
+    ] = False,
+    step: Annotated[
+        str, typer.Option("--step", metavar="N|P%", help="Of a bond's width, per round.", rich_help_panel=WHICH)
+    ] = "5%",
+    tie: Annotated[
+        str,
+        typer.Option("--tie", metavar="WHAT", help="matrix, or kind: all of a role together.", rich_help_panel=WHICH),
+    ] = "matrix",
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="ROLE,…", help="Only these roles.", rich_help_panel=WHICH)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
+    ] = None,
+    direct: Annotated[
+        bool,
+        typer.Option("--direct", help="For comparison: cut to the target at once, then train.", rich_help_panel=WHICH),
+    ] = False,
+    finetune_steps: Annotated[
+        int, typer.Option("--finetune-steps", metavar="N", help="After each round; 0: none.", rich_help_panel=HOW)
+    ] = 100,
+    update: train_.Update = None,
+    lr: train_.Lr = 1e-4,
+    mpo_lr: train_.MpoLr = None,
+    batch_size: train_.BatchSize = 32,
+    accumulation: train_.Accumulation = 1,
+    warmup: Annotated[
+        float, typer.Option("--warmup", metavar="X", help="Share of the first round's steps.", rich_help_panel=HOW)
+    ] = 0.06,
+    weight_decay: train_.WeightDecay = 0.0,
+    clip: train_.Clip = 1.0,
+    random_batches: train_.RandomBatches = False,
+    gradient_checkpointing: train_.GradientCheckpointing = False,
+    recompute_weights: train_.RecomputeWeights = False,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    limit: task_.Limit = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
+    eval_batch_size: task_.EvalBatch = 64,
+    max_new_tokens: task_.NewTokens = 96,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="The metric against parameters: png, svg or pdf.")
+    ] = None,
+    precision: task_.Precision = "auto",
+    device: task_.Device = "auto",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of order and dropout.")] = 0,
+    log_steps: train_.LogSteps = 50,
+    report_to: train_.ReportTo = None,
+    resume: train_.Resume = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Shrink a fine-tuned MPO checkpoint bond by bond, fine-tuning in between.
+
+    Every round cuts the bond that costs least, trains the auxiliary cores for
+    --finetune-steps and evaluates; the last model inside --max-drop is kept.
+
+    [bold]Examples[/bold]
+
+      mpocli squeeze bert-sst2 --task sst2 --train train.tsv --eval dev.tsv \\
+      --max-drop 0.01
+
+      mpocli squeeze bert-sst2 --task sst2 --train train.tsv --eval dev.tsv \\
+      --target-ratio 0.6 --tie kind --per-param --plot squeeze.svg
+    """
+    one_of("--order", order, ("error", "entropy", "sensitivity"))
+    one_of("--tie", tie, ("matrix", "kind"))
+    for option, value in (("--rounds", rounds), ("--target-params", target_params)):
+        at_least(option, value, 1)
+    for option, number in (("--patience", patience), ("--finetune-steps", finetune_steps), ("--max-drop", max_drop)):
+        at_least(option, number, 0)
+    if target_ratio is not None and not 0 < target_ratio < float("inf"):
+        raise UsageError(f"--target-ratio {target_ratio}: must be above 0", hint="choose one such as 0.6")
+    roles = options.parse_layers(layers)
+    limit_bytes = None if target_bytes is None else parse_bytes(target_bytes, "--target-bytes")
+    if plot is not None:
+        from mpocli.cli import plots
+
+        plots.check(plot)
+    data = task_.data_options(
+        task,
+        train=train,
+        evaluate=evaluate,
+        test=test,
+        text_column=text_column,
+        label_column=label_column,
+        limit=limit,
+        max_length=max_length,
+        eval_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+    )
+    optimisation = train_.optimisation(
+        update=update,
+        lr=lr,
+        mpo_lr=mpo_lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        precision=precision,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+        random_batches=random_batches,
+        log_steps=log_steps,
+        report_to=report_to,
+        seed=seed,
+    )
+
+    from mpocli.cli import render
+    from mpocli.cli.rounds import live_rounds
+    from mpocli.hf import quiet
+    from mpocli.methods import squeeze
+    from mpocli.methods.squeeze_choice import Step
+
+    config = squeeze.SqueezeConfig(
+        data=data,
+        optimisation=optimisation,
+        max_drop=max_drop,
+        reference=reference,
+        target_params=target_params,
+        target_ratio=target_ratio,
+        target_bytes=limit_bytes,
+        rounds=rounds,
+        finetune_steps=finetune_steps,
+        step=Step.parse(step),
+        order=order,  # type: ignore[arg-type]
+        per_param=per_param,
+        tie=tie,
+        direct=direct,
+        patience=patience,
+        update=update or "auxiliary",
+        layers=roles,
+        ignore=tuple(ignore or ()),
+        recompute_weights=recompute_weights,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    destination = out or options.default_out(model, "squeezed")
+    try:
+        with quiet.transformers(), live_rounds(enabled=not json) as watch:
+            report = squeeze.run(model, config, destination, overwrite=overwrite, resume=resume, watch=watch)
+    except KeyboardInterrupt:
+        kept = destination.with_name(f"{destination.name}.training")
+        if kept.is_dir():
+            render.err.print(f"the last round is kept in {kept}: go on with --resume", markup=False)
+        raise
+    if not report.is_writer:
+        return
+    if plot is not None:
+        plots.squeeze(plot, report)
+    if json:
+        render.print_json("squeeze", report)
+    else:
+        _show(report)
+        if plot is not None:
+            render.err.print(f"drawn in {plot}", markup=False)
+    if report.target_met is False:
+        raise TargetNotMetError(
+            f"{report.totals.params:,} parameters, the target is {report.target_params:,}: stopped by {_why(report)}",
+            hint="allow a larger --max-drop, more --rounds, or a larger --step",
+        )
+
+
+def _why(report: SqueezeReport) -> str:
+    return {
+        "target": "the target",
+        "max-drop": "--max-drop",
+        "rounds": "--rounds",
+        "exhausted": "bonds that are all 1",
+    }[report.stopped]
+
+
+def _show(report: SqueezeReport) -> None:
+    """Every round, what was kept, and what it amounts to."""
+    from mpocli.cli import render
+    from mpocli.cli.rounds import rounds_table
+
+    if report.rounds:
+        render.show(rounds_table(report.rounds, report.metric, kept=report.kept_round))
+    table = render.table("", "before", "after", *(("test",) if report.test_metrics else ()))
+    for name in report.metrics:
+        tested = (f"{report.test_metrics[name]:.4f}",) if report.test_metrics else ()
+        table.add_row(name, f"{report.metrics_before[name]:.4f}", f"{report.metrics[name]:.4f}", *tested)
+    before, after = report.totals_before, report.totals
+    table.add_row("parameters", render.count(before.params), render.count(after.params))
+    table.add_row("ratio", f"{before.ratio:.3f}", f"{after.ratio:.3f}")
+    table.add_row("weight files", render.size(before.bytes), render.size(after.bytes))
+    render.show(table)
+    if report.rounds and report.kept_round == 0:
+        render.err.print("the first round was outside --max-drop: nothing was squeezed", style="yellow")
+    elif report.rounds:
+        render.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
+    if report.resumed_from:
+        render.err.print(f"resumed after round {report.resumed_from}")
+    render.err.print(f"written to {report.out} in {report.seconds:.0f} s", markup=False)

@@ -1,0 +1,55 @@
+"""Pictures, drawn by matplotlib where it is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpocli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.squeeze import SqueezeReport
+
+_FORMATS = (".png", ".svg", ".pdf")
+_BLUE, _RED, _GREY = "#2a6f97", "#c1121f", "#8d99ae"
+
+
+def check(path: Path) -> None:
+    """`UsageError` or `InputError`, before any work, for a picture that could not be drawn after it."""
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"--plot {path}: draws {', '.join(_FORMATS)}", hint=f"name it {path.stem or 'plot'}.svg")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib", hint="pip install 'mpocli[plot]'")
+    if not path.parent.is_dir():
+        raise InputError(f"--plot {path}: no directory {path.parent}", hint="make it first")
+
+
+def squeeze(path: Path, report: SqueezeReport) -> None:
+    """The task's metric against the parameters of every round, with the start and the round that was kept."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "mpocli"  # equal runs give equal files
+    params = [report.totals_before.params, *(record.params for record in report.rounds)]
+    values = [report.metrics_before[report.metric], *(record.metrics[report.metric] for record in report.rounds)]
+    millions = [count / 1e6 for count in params]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(millions, values, color=_BLUE, marker="o", markersize=4, linewidth=1.2, label="rounds")
+    axes.plot(millions[0], values[0], color=_GREY, marker="s", markersize=8, linestyle="none", label="start")
+    kept = report.kept_round
+    label = f"kept: round {kept}, {params[kept]:,} parameters" if kept else "kept: the start"
+    axes.plot(*(millions[kept], values[kept]), color=_RED, marker="*", markersize=15, linestyle="none", label=label)
+    axes.axhline(report.reference, color=_GREY, linewidth=0.8, linestyle="--", label="reference")
+    axes.invert_xaxis()  # the squeeze goes from left to right
+    axes.set_xlabel("parameters (millions)")
+    axes.set_ylabel(report.metric.replace("_", " "))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    except OSError as error:
+        raise InputError(f"--plot {path}: cannot be written ({error.strerror})", hint="choose another") from error

@@ -1,0 +1,100 @@
+"""The rounds of a squeeze as a table, and live while they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from mpocli.cli import render
+
+if TYPE_CHECKING:
+    from mpocli.methods.squeeze import Watch
+    from mpocli.methods.squeeze_state import RoundRecord
+
+# Of the rounds so far, so many stay in sight.
+_SHOWN = 12
+
+
+@contextmanager
+def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
+    """Whom `squeeze` tells: a table that grows with a bar below it, or lines where no terminal is."""
+    from mpocli.methods.squeeze import Watch
+
+    if not enabled:
+        yield Watch()
+        return
+    if not render.err.is_terminal:
+        yield Watch(round=lambda record: render.err.print(_line(record), markup=False))
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}", style="dim"),
+    )
+    seen: list[RoundRecord] = []
+    bar = Progress(*columns, console=render.err)
+    task = bar.add_task("round 1", total=None, line="")
+    with Live(bar, console=render.err, transient=True, refresh_per_second=4) as live:
+
+        def step(done: int, total: int, line: str) -> None:
+            bar.update(task, completed=done, total=total, line=line)
+
+        def finished(record: RoundRecord) -> None:
+            seen.append(record)
+            bar.reset(task, description=f"round {record.round + 1}", total=None, line="")
+            metric = next(iter(record.metrics), "metric")
+            live.update(Group(rounds_table(seen[-_SHOWN:], metric), bar))
+
+        yield Watch(step, finished)
+
+
+def rounds_table(records: Sequence[RoundRecord], metric: str, *, kept: int | None = None) -> Table:
+    """One row a round; the one that was kept is marked."""
+    table = render.table("round", "<bond", "from → to", "bound", "true", "parameters", "ratio", metric, "drop", "<")
+    for record in records:
+        what, widths = _bonds(record)
+        bound, true = (_root(record, name) for name in ("error_bound", "true_error"))
+        value = record.metrics.get(metric)
+        table.add_row(
+            str(record.round),
+            what,
+            widths,
+            render.error(bound),
+            render.error(true),
+            f"{record.params:,}",
+            f"{record.ratio:.3f}",
+            "" if value is None else f"{value:.4f}",
+            f"{record.drop:+.4f}",
+            "kept" if record.round == kept else "",
+        )
+    return table
+
+
+def _root(record: RoundRecord, name: str) -> float:
+    """Of several bonds, the norm over all of them."""
+    squares: list[Any] = [getattr(cut, name) ** 2 for cut in record.cuts]
+    return float(sum(squares) ** 0.5)
+
+
+def _bonds(record: RoundRecord) -> tuple[str, str]:
+    first = record.cuts[0]
+    if len(record.cuts) == 1:
+        return f"{render.shortened(first.module, 36)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
+    roles = {cut.role or "other" for cut in record.cuts}
+    widest = max(cut.from_dim for cut in record.cuts)
+    what = f"{len(record.cuts)} {roles.pop() if len(roles) == 1 else 'bonds'}"
+    bonds = {cut.bond for cut in record.cuts}
+    return what + (f":{bonds.pop()}" if len(bonds) == 1 else ""), f"≤ {widest} → {max(c.to_dim for c in record.cuts)}"
+
+
+def _line(record: RoundRecord) -> str:
+    what, widths = _bonds(record)
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+    return f"round {record.round}: {what} {widths}, {record.params:,} parameters ({record.ratio:.3f}), {metrics}"
