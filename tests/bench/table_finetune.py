@@ -72,7 +72,16 @@ class Table:
         report = mpocli(
             *("finetune", self.start(arm), "--task", self.options.task, "-o", out, "--overwrite"),
             *("--train", self.data / "train.tsv", "--limit", task["limit"], "--eval", self.data / "dev.tsv"),
-            *("--epochs", task["epochs"], "--max-length", task["max_length"], "--batch-size", task["batch"], "--lr", rate),
+            *(
+                "--epochs",
+                task["epochs"],
+                "--max-length",
+                task["max_length"],
+                "--batch-size",
+                task["batch"],
+                "--lr",
+                rate,
+            ),
             *("--seed", seed, "--precision", self.options.precision, "--save-steps", 100_000),
             threads=self.options.threads,
         )
@@ -123,8 +132,8 @@ class Table:
                 print(f"\n{arm} − dense: paired bootstrap 95 % interval [{low:+.3f}, {high:+.3f}]")
         minutes = sum(run["minutes"] for found in runs.values() for run in found)
         print(
-            f"\n{task['limit']} training rows, {task['epochs']} epochs, length {task['max_length']}, batch {task['batch']}, "
-            f"{runs['dense'][0]['steps']} steps, {self.options.precision}, learning rates "
+            f"\n{task['limit']} training rows, {task['epochs']} epochs, length {task['max_length']}, "
+            f"batch {task['batch']}, {runs['dense'][0]['steps']} steps, {self.options.precision}, learning rates "
             f"{', '.join(f'{rate:g}' for rate in LEARNING_RATES)} on seed 1, seeds {list(self.options.seeds)}; "
             f"{minutes:.0f} process-minutes for the rows shown, {platform.machine()}, {os.cpu_count()} cores, "
             f"{self.options.parallel} runs at a time"
