@@ -69,9 +69,8 @@ class Table:
     def measure(self) -> None:
         with ThreadPoolExecutor(self.options.parallel) as pool:
             list(pool.map(self.start, SEEDS))
-            jobs = {
-                ("squeezed", r): pool.submit(self.run, "squeezed", r, SEEDS[0], ROUND_STEPS) for r in LEARNING_RATES
-            }
+            first, rates = SEEDS[0], LEARNING_RATES
+            jobs = {("squeezed", r): pool.submit(self.run, "squeezed", r, first, ROUND_STEPS) for r in rates}
             # As many steps as the squeeze took: its rounds are known once one of them is done.
             steps = len(jobs["squeezed", rates[0]].result()["rounds"]) * ROUND_STEPS
             jobs |= {("direct", r): pool.submit(self.run, "direct", r, first, steps) for r in rates}
