@@ -52,7 +52,7 @@ from mpocli.train.updates import set_recompute, set_update
 # Batches of training data on which `--order sensitivity` measures the loss.
 SENSITIVITY_BATCHES = 2
 # Shorter rounds are trained again from their beginning after a kill; longer ones keep checkpoints.
-_LONG_ROUND = 200
+_LONG_ROUND = 199
 _SEGMENT = "segment"
 
 
@@ -420,7 +420,8 @@ class _Squeezer:
     def _train(self, number: int, state: Progressed) -> Any:
         """Fine-tune for one round, a training segment of its own; the optimiser's state after it."""
         config, steps = self.config, self.config.finetune_steps
-        long, segment = steps >= _LONG_ROUND, self.directory / _SEGMENT
+        segment = self.directory / _SEGMENT
+        long = steps > (config.optimisation.save_steps or _LONG_ROUND)
         # The optimiser has to warm up once; afterwards its state goes on.
         warmup = math.ceil(config.optimisation.warmup * steps) if number == 1 else 0
         callbacks = [Steps(self.watch.step)] if self.watch.step else []

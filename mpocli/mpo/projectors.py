@@ -67,7 +67,7 @@ def cut_bond(mpo: MPO, bond: int, kept: int) -> tuple[MPO, BondCut]:
     slip_a = _spectral(outer_x) * float(torch.linalg.vector_norm(kept_a.to(wide) - new_a))
     slip_b = float(torch.linalg.vector_norm(kept_b.to(wide) - new_b)) * _spectral(outer_y)
     dropped = float(torch.linalg.vector_norm(sigma[rank:]))
-    round_off = 16 * torch.finfo(wide).eps * before * float(torch.linalg.vector_norm(sigma))
+    round_off = 64 * torch.finfo(wide).eps * float(torch.linalg.vector_norm(sigma))
     bound = dropped + slip_a * _spectral(right @ r_y) + _spectral(r_x @ left) * slip_b + slip_a * slip_b + round_off
     changed = list(mpo.cores)
     changed[bond - 1], changed[bond] = kept_a, kept_b

@@ -121,6 +121,12 @@ def command(
     device: task_.Device = "auto",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of order and dropout.")] = 0,
     log_steps: train_.LogSteps = 50,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--save-steps", metavar="N", help="Steps per checkpoint within a round. Default: 100 in long ones."
+        ),
+    ] = None,
     report_to: train_.ReportTo = None,
     resume: train_.Resume = False,
     overwrite: options.Overwrite = False,
@@ -143,7 +149,7 @@ def command(
     """
     one_of("--order", order, ("error", "entropy", "sensitivity"))
     one_of("--tie", tie, ("matrix", "kind"))
-    for option, value in (("--rounds", rounds), ("--target-params", target_params)):
+    for option, value in (("--rounds", rounds), ("--target-params", target_params), ("--save-steps", save_steps)):
         at_least(option, value, 1)
     for option, number in (("--patience", patience), ("--finetune-steps", finetune_steps), ("--max-drop", max_drop)):
         at_least(option, number, 0)
@@ -182,6 +188,7 @@ def command(
         gradient_checkpointing=gradient_checkpointing,
         random_batches=random_batches,
         log_steps=log_steps,
+        save_steps=save_steps,
         report_to=report_to,
         seed=seed,
     )
