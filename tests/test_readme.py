@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -101,10 +102,12 @@ def test_the_readme_s_commands_run_in_their_order(
         words = shlex.split(command)
         assert words[0] == "mpocli"
         # Printed one after the other they would meet outputs of the ones before.
-        extra = ["--overwrite"] if words[1] in ("decompose", "merge", "finetune") else []
+        extra = ["--overwrite"] if words[1] in ("decompose", "merge", "finetune", "squeeze") else []
+        extra += ["--rounds", "1", "--finetune-steps", "1"] if words[1] == "squeeze" else []
         code, _, err = mpocli([*words[1:], *extra], capsys)
-        # A gate may well be missed by a model of one random layer.
-        assert code in ((0, 5) if "--fail-below" in words else (0,)), (number, command, err)
+        # A gate may well be missed by a model of one random layer, and a target by one round.
+        may_miss = {"--fail-below", "--target-ratio"} & set(words)
+        assert code in ((0, 5) if may_miss else (0,)), (number, command, err)
 
 
 def test_the_decompose_recipe_runs_from_end_to_end(
@@ -130,3 +133,19 @@ def test_the_finetune_recipe_runs_from_end_to_end(
     merged = tf.AutoModelForSequenceClassification.from_pretrained(shop / "tuned" / "merged")
     dense = tf.AutoModelForSequenceClassification.from_pretrained(shop / "tuned" / "dense")
     assert merged.num_parameters() == dense.num_parameters()
+
+
+def test_the_squeeze_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both arms end at the same size, the squeezed one after as many steps as the other."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("STEPS", "2")
+    files = ["SST-2/train.tsv", "SST-2/dev.tsv", "0.95", "squeezed", "--lr", "2e-4", "--max-length", "16"]
+    printed = [mpocli(words, capsys) for words in recipe("squeeze.sh", ["small-bert", "sst2", *files], shop)]
+    assert [code for code, _, _ in printed] == [0] * 6, printed
+    found = [json.loads((shop / "squeezed" / arm / "mpo.json").read_text()) for arm in ("squeezed", "direct")]
+    sizes = [manifest["totals"]["params"] for manifest in found]
+    assert all(manifest["totals"]["ratio"] <= 0.95 for manifest in found) and abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1]
+    assert len(found[1]["history"][-1]["rounds"]) == 1 < len(found[0]["history"][-1]["rounds"])
+    assert (shop / "squeezed" / "squeezed.svg").is_file()

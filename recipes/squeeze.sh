@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Dimension squeezing (MPOP): fine-tune a lossless MPO, shrink it bond by bond to a share of the dense parameters, and
+# beside it the same size by truncating at once with as many steps of training. Options after OUTPUT_DIRECTORY go to
+# every command that trains; ROUNDS and STEPS are the environment's.
+#   bash recipes/squeeze.sh MODEL TASK TRAIN DEV [RATIO] [OUTPUT_DIRECTORY] [--lr 2e-4 …]
+set -euo pipefail
+model=$1 task=$2 train=$3 dev=$4 ratio=${5:-0.6}
+out=${6:-squeeze-$(basename "$model")}
+options=(--task "$task" --train "$train" --eval "$dev" "${@:7}")
+rounds=${ROUNDS:-40} steps=${STEPS:-50}
+
+mpocli decompose "$model" -o "$out/mpo" --overwrite
+mpocli finetune "$out/mpo" "${options[@]}" -o "$out/tuned" --overwrite
+how=(--target-ratio "$ratio" --tie kind --per-param --step 10%)
+mpocli squeeze "$out/tuned" "${options[@]}" "${how[@]}" --rounds "$rounds" --finetune-steps "$steps" \
+  -o "$out/squeezed" --plot "$out/squeezed.svg" --overwrite
+mpocli squeeze "$out/tuned" "${options[@]}" "${how[@]}" --direct --finetune-steps "$((rounds * steps))" \
+  -o "$out/direct" --overwrite
+mpocli eval "$out/squeezed" --task "$task" --eval "$dev" --baseline "$out/direct"
+mpocli inspect "$out/squeezed"
