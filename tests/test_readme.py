@@ -146,6 +146,8 @@ def test_the_squeeze_recipe_runs_from_end_to_end(
     assert [code for code, _, _ in printed] == [0] * 6, printed
     found = [json.loads((shop / "squeezed" / arm / "mpo.json").read_text()) for arm in ("squeezed", "direct")]
     sizes = [manifest["totals"]["params"] for manifest in found]
-    assert all(manifest["totals"]["ratio"] <= 0.95 for manifest in found) and abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1]
+    assert (
+        all(manifest["totals"]["ratio"] <= 0.95 for manifest in found) and abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1]
+    )
     assert len(found[1]["history"][-1]["rounds"]) == 1 < len(found[0]["history"][-1]["rounds"])
     assert (shop / "squeezed" / "squeezed.svg").is_file()

@@ -16,9 +16,12 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.methods import overparam
 from mpocli.methods.device import device_of
+from mpocli.methods.overparam import Overparam, OverparamReport
 from mpocli.methods.run_directory import check_begun, run_directory, training_directory
-from mpocli.methods.student import check_finite, count_trainable, load_student, round_to
+from mpocli.methods.segment_state import last_state
+from mpocli.methods.student import check_finite, count_trainable, load_student, roles_of, round_to
 from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation
@@ -43,7 +46,8 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Options of `mpocli finetune`. `epochs` counts where `steps` is None; `update` None stands for auxiliary cores
-    where there are any, and for everything else otherwise."""
+    where there are any, and for everything else otherwise. `raise_layers` names the roles whose dense matrices train
+    at `mpo_lr`: the sceptic's arm beside `overparam`."""
 
     data: DataOptions
     optimisation: Optimisation = field(default_factory=Optimisation)
@@ -56,6 +60,8 @@ class FinetuneConfig:
     temperature: float = 2.0
     distill_hidden: bool = False
     recompute_weights: bool = False
+    overparam: Overparam | None = None
+    raise_layers: tuple[str, ...] = ()
     device: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -67,6 +73,10 @@ class FinetuneConfig:
         if self.teacher:
             options |= {"teacher": Path(self.teacher).name, "distill_weight": self.distill_weight}
             options |= {"temperature": self.temperature, "distill_hidden": self.distill_hidden}
+        if self.overparam:
+            options |= self.overparam.recorded()
+        if self.raise_layers:
+            options |= {"overparam": "none", "overparam_layers": self.raise_layers}
         for left_out in ("seed", "report_to", "log_steps", "save_steps"):
             del options[left_out]
         return options
@@ -77,7 +87,8 @@ class FinetuneReport:
     """What a run did.
 
     `metrics` on the evaluation set after training and `metrics_before`, `{}` without one; `trainable_params` is what
-    the optimiser holds; `seconds` the whole run, `step_seconds` the training alone. `is_writer` is false in all but
+    the optimiser holds (at the end, before folding); `seconds` the whole run, `step_seconds` the training alone.
+    `overparam` says what became an MPO meanwhile, None where nothing was to. `is_writer` is false in all but
     the first process of several, which measures and writes nothing.
     """
 
@@ -95,6 +106,7 @@ class FinetuneReport:
     trainable_by_role: dict[str, int]
     totals: Totals
     truncated: dict[str, int]
+    overparam: OverparamReport | None = None
     is_writer: bool = True
 
 
@@ -123,13 +135,15 @@ def run(
     if resume and not training_directory(out).exists() and (out / "config.json").is_file():
         raise InputError(f"{out}: this run is finished, there is nothing to resume", hint="--overwrite begins anew")
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    _check_overparam(config, checkpoint, model)
     if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
     check_report_to(config.optimisation.report_to)
     training = training_directory(out)
     options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
     options["processes"] = state.num_processes
-    done = last_checkpoint(training) if check_begun(training, options, resume=resume, overwrite=overwrite) else None
+    goes_on = check_begun(training, options, resume=resume, overwrite=overwrite)
+    done = last_checkpoint(training) if goes_on else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
     schedule, steps = _schedule(config, len(data.train), state.num_processes)
 
@@ -139,6 +153,9 @@ def run(
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
     distillation = _distillation(config, data, checkpoint)
+    raised = _raised(student, checkpoint, config)
+    if config.overparam is not None:  # before the hours, not after
+        overparam.check(student, checkpoint, config.overparam)
     callbacks: list[Any] = [MetricsFile(training / METRICS), *([Steps(progress)] if progress else [])]
     if config.select == "best":
         callbacks.append(_keep_best(training, data, config))
@@ -149,33 +166,50 @@ def run(
         files=(METRICS,),
         begins=not resume,
         writes=state.is_main_process,
-        worth_keeping=lambda: last_checkpoint(training) is not None,
+        worth_keeping=lambda: last_checkpoint(training) is not None or last_state(training) is not None,
     ):
         state.wait_for_everyone()
-        trainer = SegmentTrainer(
-            student,
-            data.train,
-            data.collator(config.optimisation.seed),
-            config.optimisation,
-            schedule,
-            steps,
-            training,
-            device=device,
-            callbacks=callbacks,
-            distillation=distillation,
-            next_token=data.family == "causal",
-        )
         tells = progress if state.is_main_process else None
         if tells and data.eval:
             tells(0, steps, "evaluating")
         before = on_first(lambda: evaluate(student, data, config.data))
         set_seed(config.optimisation.seed)
         trained_from = time.perf_counter()
-        train_segment(trainer, done)
+        expanded = None
+        if config.overparam is not None:
+            how = overparam.Run(
+                checkpoint=checkpoint,
+                data=data,
+                optimisation=config.optimisation,
+                steps=steps,
+                directory=training,
+                device=device,
+                writes=bool(state.is_main_process),
+                progress=progress,
+                distillation=distillation,
+                trust_remote_code=config.trust_remote_code,
+            )
+            expanded = overparam.train(student, how, config.overparam, resume=goes_on)
+        else:
+            trainer = SegmentTrainer(
+                student,
+                data.train,
+                data.collator(config.optimisation.seed),
+                config.optimisation,
+                schedule,
+                steps,
+                training,
+                device=device,
+                callbacks=callbacks,
+                distillation=distillation,
+                next_token=data.family == "causal",
+                at_mpo_lr=raised,
+            )
+            train_segment(trainer, done)
         step_seconds = time.perf_counter() - trained_from
     state.wait_for_everyone()  # the best weights are written by the first
     selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
-    trainable = count_trainable(student)
+    trainable = expanded.trainable_by_role if expanded else count_trainable(student)[1]
     report = FinetuneReport(
         out=str(out),
         seconds=0.0,
@@ -187,10 +221,11 @@ def run(
         metrics_before=before,
         test_metrics={},
         selected_step=selected,
-        trainable_params=trainable[0],
-        trainable_by_role=trainable[1],
+        trainable_params=sum(trainable.values()),
+        trainable_by_role=trainable,
         totals=checkpoint.totals(),
         truncated=data.truncated,
+        overparam=expanded,
         is_writer=bool(state.is_main_process),
     )
     if report.is_writer:
@@ -205,7 +240,8 @@ def run(
         with output_directory(out) as work:
             if config.data.tokenizer:
                 data.tokenizer.save_pretrained(work)
-            totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after)
+            more = {"overparam": asdict(expanded)} if expanded else {}
+            totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after, more=more)
             shutil.copyfile(training / METRICS, work / METRICS)
         shutil.rmtree(training, ignore_errors=True)
         test = evaluate(student, data, config.data, split="test")
@@ -213,6 +249,25 @@ def run(
         report = replace(report, seconds=seconds, metrics=after, test_metrics=test, totals=totals)
     state.wait_for_everyone()
     return report
+
+
+def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str) -> None:
+    if config.overparam is None:
+        return
+    if checkpoint.is_mpo:
+        raise InputError(f"{model}: has MPOs already, and --overparam makes its own", hint="run mpocli merge first")
+    if config.update not in (None, "all"):
+        raise UsageError(f"--update {config.update} with --overparam: all cores are trained", hint="leave it out")
+    if config.select == "best":
+        raise UsageError("--select best with --overparam: shapes change in between", hint="leave one of them out")
+
+
+def _raised(student: Any, checkpoint: Checkpoint, config: FinetuneConfig) -> tuple[str, ...]:
+    """The dense matrices that train at `mpo_lr`, as if they were cores."""
+    if not config.raise_layers:
+        return ()
+    groups = overparam.candidates(student, roles_of(student, checkpoint), config.raise_layers)
+    return tuple(f"{name}.weight" for members in groups.values() for name in members)
 
 
 def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Schedule, int]:
@@ -332,4 +387,7 @@ def run_seeds(
 
 def _read_report(path: Path) -> FinetuneReport:
     values = json.loads(path.read_text())
-    return FinetuneReport(**{**values, "totals": Totals(**values["totals"])})
+    found = values["overparam"]
+    values["totals"] = Totals(**values["totals"])
+    values["overparam"] = found and OverparamReport.from_dict(found)
+    return FinetuneReport(**values)

@@ -20,18 +20,18 @@ from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods.device import device_of
 from mpocli.methods.run_directory import check_begun, run_directory, training_directory
+from mpocli.methods.segment_state import last_state
 from mpocli.methods.squeeze_choice import Bond, Order, Spectra, Step, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze_state import (
     RECORDS,
     Cut,
     Progressed,
     RoundRecord,
-    last_round,
     load_round,
     save_round,
     write_records,
 )
-from mpocli.methods.student import check_finite, count_trainable, load_student, round_to
+from mpocli.methods.student import check_finite, count_trainable, load_student, roles_of, round_to
 from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
@@ -182,10 +182,10 @@ def run(
         files=(RECORDS,),
         begins=not goes_on,
         writes=state.is_main_process,
-        worth_keeping=lambda: last_round(training) is not None,
+        worth_keeping=lambda: last_state(training) is not None,
     ):
         state.wait_for_everyone()
-        done = last_round(training) if goes_on else None
+        done = last_state(training) if goes_on else None
         progressed = squeezer.begin() if done is None else load_round(training, done, student)
         stopped = None
         while stopped is None:
@@ -300,7 +300,7 @@ class _Squeezer:
     ) -> None:
         self.model, self.config, self.data, self.directory = model, config, data, directory
         self.target, self.before, self.device, self.watch = target, before, device, watch
-        self.roles = {member.name: weight.role for weight in checkpoint.survey.weights for member in weight.members}
+        self.roles = roles_of(model, checkpoint)
         self.modules = _chosen(mpo_modules(model), self.roles, config)
         self.tied = groups(self.modules, self.roles, config.tie)
         self.start = {name: module.sites.num_params(module.bond_dims) for name, module in self.modules.items()}
@@ -343,7 +343,7 @@ class _Squeezer:
         state = Progressed((*state.records, record), moments, number if inside else state.kept, state.before)
         if writes:
             save_round(self.directory, self.model, state)
-            shutil.rmtree(self.directory / _SEGMENT, ignore_errors=True)
+            shutil.rmtree(self.directory / f"{_SEGMENT}-{number}", ignore_errors=True)
         if self.watch.round:
             self.watch.round(record)
         return state, self._stop(state)
@@ -420,7 +420,7 @@ class _Squeezer:
     def _train(self, number: int, state: Progressed) -> Any:
         """Fine-tune for one round, a training segment of its own; the optimiser's state after it."""
         config, steps = self.config, self.config.finetune_steps
-        segment = self.directory / _SEGMENT
+        segment = self.directory / f"{_SEGMENT}-{number}"
         long = steps > (config.optimisation.save_steps or _LONG_ROUND)
         # The optimiser has to warm up once; afterwards its state goes on.
         warmup = math.ceil(config.optimisation.warmup * steps) if number == 1 else 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.replace import local_name
 from mpocli.methods.task_data import TaskData
 from mpocli.train.models import load_model
 from mpocli.train.updates import roles
@@ -25,7 +28,32 @@ def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: b
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = data.pad
+    if data.task.kind == "regression" and data.train and not has_head(checkpoint):
+        _start_at_the_mean(model, [float(feature["labels"]) for feature in data.train])
     return model
+
+
+def has_head(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint was saved with a classifier, which then was trained."""
+    return checkpoint.architecture.endswith("ForSequenceClassification")
+
+
+@torch.no_grad()
+def _start_at_the_mean(model: Any, scores: Sequence[float]) -> None:
+    """Let a new regression head begin at the mean of the training scores.
+
+    From zero, the first hundreds of steps only push all outputs towards that mean, and do so by making the features
+    of all inputs alike: a state that small models leave late or never.
+    """
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+    if heads and heads[-1].bias is not None:
+        heads[-1].bias.fill_(sum(scores) / len(scores))
+
+
+def roles_of(model: Any, checkpoint: Checkpoint) -> dict[str, str | None]:
+    """The role of every matrix, by the module's name in this model's class."""
+    members = ((member.name, weight.role) for weight in checkpoint.survey.weights for member in weight.members)
+    return {local_name(model, name) or name: role for name, role in members}
 
 
 def count_trainable(model: Any) -> tuple[int, dict[str, int]]:

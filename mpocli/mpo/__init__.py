@@ -4,6 +4,7 @@ from mpocli.mpo.canonical import canonical_defect, canonicalize, compress, symme
 from mpocli.mpo.contract import apply_chain, chain_macs, choose_path, rebuild_macs, to_dense
 from mpocli.mpo.factorize import site_shape
 from mpocli.mpo.from_matrix import decompose, stored_error
+from mpocli.mpo.gradient import core_gradients
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.projectors import BondCut, cut_bond, inner_bonds_of_centre
 from mpocli.mpo.shape import SiteShape
@@ -23,6 +24,7 @@ __all__ = [
     "chain_macs",
     "choose_path",
     "compress",
+    "core_gradients",
     "cut_bond",
     "decompose",
     "entropy_nats",

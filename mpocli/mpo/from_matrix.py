@@ -39,7 +39,7 @@ def decompose(
     shape = (matrix.shape[0], matrix.shape[1])
     sites.check_fits(shape, name)
     check_finite(matrix, name)
-    tensor = _by_site(matrix, sites)
+    tensor = by_site(matrix, sites)
     norm_squared = float(torch.linalg.vector_norm(tensor)) ** 2
     n, centre = sites.sites, sites.central
     allowance = truncation.allowance(norm_squared, n - 1)
@@ -92,7 +92,7 @@ def stored_error(matrix: Tensor, mpo: MPO) -> tuple[float, float]:
     return math.sqrt(difference), math.sqrt(norm)
 
 
-def _by_site(matrix: Tensor, sites: SiteShape) -> Tensor:
+def by_site(matrix: Tensor, sites: SiteShape) -> Tensor:
     """(O, I) → padded, float64, flat in the order (o_1, i_1, o_2, i_2, …)."""
     padded = matrix.new_zeros(sites.padded_shape, dtype=working_dtype(matrix.device))
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix

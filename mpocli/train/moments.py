@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpocli.mpo import BondCut
+from mpocli.mpo import BondCut, core_gradients
 
 # Per parameter name: `exp_avg` and `exp_avg_sq` in the parameter's shape, `step` a number.
 Moments = dict[str, dict[str, Tensor]]
@@ -50,3 +51,21 @@ def cut_moments(moments: Moments, module: str, cut: BondCut) -> None:
                 old = state[key]
                 mapped = torch.tensordot(factor.to(device=old.device), old.to(factor.dtype), ([1], [leg]))
                 state[key] = mapped.movedim(0, leg).to(old.dtype).contiguous()
+
+
+def expand_moments(moments: Moments, weight: str, module: str, cores: Sequence[Tensor], kind: str) -> None:
+    """Hand the state of a dense weight W to the cores that take its place, in place.
+
+    A core's gradient is the contraction of W's with all other cores, and so is its first moment; its second moment is
+    W's contracted with the squares of the same derivatives, as in `cut_moments`. Steps are counted on. Of a `conv1d`
+    the state is stored transposed. Without a state (W was frozen, or nothing was trained) the cores have none.
+    """
+    state = moments.pop(weight, None)
+    if not state:
+        return
+    for k in range(len(cores)):
+        moments[f"{module}.core_{k}"] = {"step": state["step"].clone()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        matrix = state[key].T if kind == "conv1d" else state[key]
+        for k, mapped in enumerate(core_gradients(cores, matrix, squared=key == "exp_avg_sq")):
+            moments[f"{module}.core_{k}"][key] = mapped.to(matrix.dtype)

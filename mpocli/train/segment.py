@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -31,6 +32,7 @@ from mpocli.train.updates import parameter_groups
 
 METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint-"
+_RAW = "parameters.safetensors"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 # A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
 _LEAST_SAVE_STEPS = 100
@@ -90,7 +92,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     `next_token` says that labels are shifted in the model's loss: those of a causal language model. `place` is given
     where this is one of many segments, and `moments` are the optimiser's state by parameter name to begin with.
-    Without `checkpoints` nothing is saved along the way.
+    Without `checkpoints` nothing is saved along the way; `raw` ones hold the parameters by name and no model that
+    could be loaded.
     """
 
     def __init__(
@@ -110,7 +113,11 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         place: Place | None = None,
         moments: Moments | None = None,
         checkpoints: bool = True,
+        raw: bool = False,
+        at_mpo_lr: Sequence[str] = (),
     ) -> None:
+        self.at_mpo_lr = at_mpo_lr
+        self.raw = raw
         self.next_token = next_token
         self.moments = moments
         self.optimisation = optimisation
@@ -140,8 +147,9 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         chosen = self.optimisation
+        mpo_lr = chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr
         groups = parameter_groups(
-            self.model, chosen.lr, chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr, chosen.weight_decay
+            self.model, chosen.lr, mpo_lr, chosen.weight_decay, at_mpo_lr=frozenset(self.at_mpo_lr)
         )
         self.optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
         if self.moments:
@@ -182,8 +190,22 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.raw:
+            super()._save(output_dir, state_dict)
+            return
+        place = Path(output_dir or str(self.args.output_dir))
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}, place / _RAW)
+
+    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Through `from_pretrained`: a plain state dict lacks what transformers renames or fuses in saving."""
+        if self.raw:
+            weights = load_file(Path(resume_from_checkpoint) / _RAW)
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+            return
         saved, report = type(self.model).from_pretrained(
             resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
         )
@@ -191,9 +213,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         if missing:
             raise InputError(f"{resume_from_checkpoint}: lacks {missing[0]}", hint="begin anew with --overwrite")
         tensors = saved.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
-                tensor.copy_(tensors[name])
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[name])
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.model.named_parameters():
@@ -306,29 +327,33 @@ class Stretch(Sampler[int]):
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """`metrics.jsonl`: one line for every logged step. A resumed run drops what lies behind its first step."""
+    """`metrics.jsonl`: one line for every logged step. A resumed run drops what lies behind its first step.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `first` steps were logged by the segments before.
+    """
+
+    def __init__(self, path: Path, first: int = 0) -> None:
+        self.path, self.first = path, first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            last = self.first + state.global_step
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
             self.path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            keys = ("loss", "learning_rate", "grad_norm", "epoch")
-            line = {"step": state.global_step, **{key: _plain(logs[key]) for key in keys if key in logs}}
+            keys = ("loss", "learning_rate", "grad_norm", *(() if self.first else ("epoch",)))
+            line = {"step": self.first + state.global_step, **{key: _plain(logs[key]) for key in keys if key in logs}}
             with self.path.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """Tells `progress(step, total, loss line)` after every step."""
+    """Tells `progress(step, total, loss line)` after every step, of a segment or of the whole it is part of."""
 
-    def __init__(self, progress: Callable[[int, int, str], None]) -> None:
-        self.progress = progress
+    def __init__(self, progress: Callable[[int, int, str], None], first: int = 0, total: int | None = None) -> None:
+        self.progress, self.first, self.total = progress, first, total
         self.line = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -341,7 +366,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def _tell(self, state: Any) -> None:
         if state.is_world_process_zero:
-            self.progress(state.global_step, state.max_steps, self.line)
+            self.progress(self.first + state.global_step, self.total or state.max_steps, self.line)
 
 
 def _plain(value: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from torch import nn
@@ -42,15 +42,18 @@ def set_recompute(model: nn.Module, recompute: bool) -> None:
             module.recompute = recompute
 
 
-def parameter_groups(model: nn.Module, lr: float, mpo_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, mpo_lr: float, weight_decay: float, *, at_mpo_lr: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Optimiser groups of all trained parameters, each in exactly one: cores and others, decayed and not.
 
-    Vectors (biases, norms) are not decayed. Empty groups are left out; `name` is for logs.
+    Vectors (biases, norms) are not decayed. `at_mpo_lr` names dense parameters that take the cores' rate. Empty
+    groups are left out; `name` is for logs.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for _, parameter, role in roles(model):
+    for name, parameter, role in roles(model):
         if parameter.requires_grad:
-            groups.setdefault((role != "other", parameter.dim() > 1), []).append(parameter)
+            groups.setdefault((role != "other" or name in at_mpo_lr, parameter.dim() > 1), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -340,8 +340,8 @@ def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
     moments = {
         "written": Moment("open", r"squeeze\.jsonl\.partial", number=draw.randint(1, 5)),
         "within": Moment("open", r"squeeze\.jsonl\.partial", number=draw.randint(1, 5), delay=0.05),
-        "writing": Moment("open", rf"round-{draw.randint(2, 6)}\.partial/state\.json"),
-        "first": Moment("open", r"round-1\.partial/state\.json"),
+        "writing": Moment("open", rf"state-{draw.randint(2, 6)}\.partial/record\.json"),
+        "first": Moment("open", r"state-1\.partial/record\.json"),
     }
     for name, moment in moments.items():
         killed = server.run(*arguments, name, cwd=work, log=tmp_path / "log", moment=moment)
@@ -363,9 +363,9 @@ def test_a_long_round_resumes_from_its_own_checkpoints(
     arguments = ["squeeze", tuned, *sst2(lab, *target)]
     whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
-    moment = Moment("open", r"segment/checkpoint-8/trainer_state\.json")
+    moment = Moment("open", r"segment-1/checkpoint-8/trainer_state\.json")
     assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
-    assert (work / "cut.training" / "segment" / "checkpoint-4" / "trainer_state.json").is_file()
+    assert (work / "cut.training" / "segment-1" / "checkpoint-4" / "trainer_state.json").is_file()
     ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0, ended.err
     assert tree(work / "cut") == tree(work / "whole")
@@ -388,7 +388,7 @@ def test_a_full_disk_in_a_round_leaves_the_round_before(
 ) -> None:
     options = sst2(lab, "--max-drop", 1, "--rounds", 2, "--finetune-steps", 1, "-o", "out")
     done = server.run("squeeze", tuned, *options, cwd=work, log=tmp_path / "log", limit=20_000)
-    assert done.code == 3 and "round 1 cannot be written" in done.err and "Traceback" not in done.err
+    assert done.code == 3 and "state 1 cannot be written" in done.err and "Traceback" not in done.err
     assert not list(work.iterdir())
 
 

@@ -11,14 +11,16 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
-from mpocli.cli.options import at_least, one_of
+from mpocli.cli.options import at_least, check_sites, one_of, parse_layers, parse_shapes
 from mpocli.cli.train_options import HOW
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
     from mpocli.methods.finetune import FinetuneReport
+    from mpocli.methods.overparam import OverparamReport
 
 TEACHER = "Distillation"
+OVER = "Over-parameterisation (OPF): train more, deploy the same"
 
 
 def command(
@@ -73,6 +75,62 @@ def command(
     distill_hidden: Annotated[
         bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER)
     ] = False,
+    overparam: Annotated[
+        str | None,
+        typer.Option(
+            "--overparam",
+            metavar="HOW",
+            help="static, dynamic or svd: matrices of a dense MODEL train as lossless MPOs and are folded back. "
+            "none: they stay dense, and train at --mpo-lr.",
+            rich_help_panel=OVER,
+        ),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="ROLE,…", help="Of which roles.", rich_help_panel=OVER)
+    ] = "attention,ffn",
+    top_n: Annotated[
+        int,
+        typer.Option("--top-n", metavar="N", help="Matrices of each kind; svd takes all.", rich_help_panel=OVER),
+    ] = 4,
+    splits: Annotated[
+        int | None,
+        typer.Option("--splits", metavar="N", help="dynamic: in so many portions. Default: 2.", rich_help_panel=OVER),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            "--every",
+            metavar="STEPS",
+            help="dynamic: one portion after so many. Default: the last half way.",
+            rich_help_panel=OVER,
+        ),
+    ] = None,
+    sites: Annotated[
+        int,
+        typer.Option("--sites", metavar="N", help="First and last split it, 1×1 between.", rich_help_panel=OVER),
+    ] = 5,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="GLOB=ROWSxCOLUMNS", help="Other sites. Repeatable.", rich_help_panel=OVER),
+    ] = None,
+    score_from: Annotated[
+        str | None,
+        typer.Option(
+            "--score-from", metavar="MODEL", help="static: fine-tuned on this task, to be scored.", rich_help_panel=OVER
+        ),
+    ] = None,
+    score_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--score-steps",
+            metavar="N",
+            help="static: else train a copy for so many of the steps. Default: a quarter.",
+            rich_help_panel=OVER,
+        ),
+    ] = None,
+    score_batches: Annotated[
+        int, typer.Option("--score-batches", metavar="N", help="static: to take losses on.", rich_help_panel=OVER)
+    ] = 8,
     eval_batch_size: task_.EvalBatch = 64,
     max_new_tokens: task_.NewTokens = 96,
     log_steps: train_.LogSteps = 50,
@@ -127,6 +185,15 @@ def command(
         report_to=report_to,
         seed=seed,
     )
+    one_of("--overparam", overparam, ("static", "dynamic", "svd", "none"))
+    counts = (("--top-n", top_n), ("--splits", splits), ("--every", every), ("--score-batches", score_batches))
+    for option, number in (*counts, ("--score-steps", score_steps)):
+        at_least(option, number, 1)
+    check_sites(sites)
+    splits = min(2, top_n) if splits is None else splits
+    if splits > top_n:
+        raise UsageError(f"--splits {splits}: more portions than --top-n {top_n}", hint="choose --splits 1 to --top-n")
+    roles = parse_layers(layers) or ()
     chosen_seeds = _seeds(seeds)
     data = task_.data_options(
         task,
@@ -145,6 +212,7 @@ def command(
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import finetune
+    from mpocli.methods.overparam import Overparam
 
     config = finetune.FinetuneConfig(
         data=data,
@@ -158,6 +226,21 @@ def command(
         temperature=temperature,
         distill_hidden=distill_hidden,
         recompute_weights=recompute_weights,
+        overparam=None
+        if overparam in (None, "none")
+        else Overparam(
+            overparam,  # type: ignore[arg-type]
+            top_n=top_n,
+            splits=splits,
+            every=every,
+            sites=sites,
+            shapes=parse_shapes(shape or []),
+            layers=roles,
+            score_from=score_from,
+            score_steps=score_steps,
+            score_batches=score_batches,
+        ),
+        raise_layers=roles if overparam == "none" else (),
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -211,11 +294,14 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     if first.metrics:
         render.show(table)
     parts = [f"{count:,} {role}" for role, count in first.trainable_by_role.items() if count]
-    share = first.trainable_params / first.totals.params
+    size = first.overparam.training_params if first.overparam else first.totals.params
+    share = first.trainable_params / size
     render.out.print(
-        f"trained [bold]{first.trainable_params:,}[/bold] of {first.totals.params:,} parameters ({share:.1%}: "
+        f"trained [bold]{first.trainable_params:,}[/bold] of {size:,} parameters ({share:.1%}: "
         f"{', '.join(parts)}) for {first.steps:,} steps"
     )
+    if first.overparam is not None:
+        _show_expanded(first.overparam)
     if first.selected_step != first.steps:
         render.out.print(f"kept the weights of step {first.selected_step:,}, the best on held-out training data")
     for split, cut in first.truncated.items():
@@ -225,6 +311,29 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
         render.err.print(f"resumed from step {first.resumed_from:,}")
     where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
     render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s", markup=False)
+
+
+def _show_expanded(report: OverparamReport) -> None:
+    """The matrices that were MPOs, by group, and what is left of that."""
+    from mpocli.cli import render
+
+    table = render.table("over-parameterised", "after step", "score", "bonds", "parameters", "dense")
+    for found in sorted(report.expanded, key=lambda found: (found.step, found.group)):
+        table.add_row(
+            render.shortened(found.module, 52),
+            f"{found.step:,}",
+            "" if found.score is None else f"{found.score:.3g}",
+            ",".join(dict.fromkeys(map(str, found.bond_dims[1:-1]))),
+            f"{found.params:,}",
+            f"{found.dense_params:,}",
+        )
+    render.show(table)
+    if report.score_steps:
+        render.out.print(f"{report.score_steps:,} of the steps trained a copy for the scores")
+    render.out.print(
+        f"{report.training_params:,} parameters in training, {report.deployed_params:,} deployed; folding moved the "
+        f"logits by {report.fold_difference:.1e} (largest {report.largest_logit:.1f})"
+    )
 
 
 def _spread(values: list[float]) -> str:
