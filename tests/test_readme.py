@@ -103,6 +103,7 @@ def test_the_readme_s_commands_run_in_their_order(
         assert words[0] == "mpocli"
         # Printed one after the other they would meet outputs of the ones before.
         extra = ["--overwrite"] if words[1] in ("decompose", "merge", "finetune", "squeeze") else []
+        extra += ["--steps", "3", "--sites", "2"] if "--overparam" in words else []
         extra += ["--rounds", "1", "--finetune-steps", "1"] if words[1] == "squeeze" else []
         code, _, err = mpocli([*words[1:], *extra], capsys)
         # A gate may well be missed by a model of one random layer, and a target by one round.
@@ -151,3 +152,15 @@ def test_the_squeeze_recipe_runs_from_end_to_end(
     )
     assert len(found[1]["history"][-1]["rounds"]) == 1 < len(found[0]["history"][-1]["rounds"])
     assert (shop / "squeezed" / "squeezed.svg").is_file()
+
+
+def test_the_overparam_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five arms; those that are folded have the size of the plain one."""
+    monkeypatch.chdir(shop)
+    arguments = ["small-bert", "sst2", "SST-2/train.tsv", "SST-2/dev.tsv", "over", "--steps", "4", "--lr", "2e-4"]
+    printed = [mpocli(words, capsys) for words in recipe("overparam.sh", arguments, shop)]
+    assert [code for code, _, _ in printed] == [0] * 8, printed
+    sizes = {path.parent.name: path.stat().st_size for path in (shop / "over").glob("*/model.safetensors")}
+    assert sizes.keys() == {"plain", "raised", "svd", "static", "dynamic"} and len(set(sizes.values())) == 1

@@ -291,3 +291,14 @@ def test_a_teacher_changes_what_is_learnt_and_is_not_touched(pair, tmp_path: Pat
     assert torch.equal(ends[0], ends[1])
     assert float(ends[2][0] - ends[2][1]) > float(ends[0][0] - ends[0][1]) + 1e-3
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_accelerate_s_wrapper_is_gone_after_a_segment_and_the_model_s_own_forward_is_back(pair, tmp_path: Path) -> None:
+    """Mixed precision wraps `forward`; left there, every segment would add one more, and evaluation be in bf16."""
+    model = load(pair[1])
+    own = model.forward
+    for number in range(2):
+        chosen = Optimisation(lr=1e-3, batch_size=4, log_steps=1, save_steps=100, precision="bf16")
+        train_segment(trainer(model, tmp_path / str(number), steps=1, optimisation=chosen))
+        assert model.forward == own and "_original_forward" not in vars(model)
+    assert model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
