@@ -1,4 +1,4 @@
-"""Shared set-up: the helpers beside this file are importable, two threads, and never a network."""
+"""Shared set-up: the helpers beside this file are importable, one thread for each worker, and never a network."""
 
 import os
 import sys
@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -63,8 +63,7 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The class it was saved from, `AutoModel` where that is not said."""
-        names = self.config_json.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else "AutoModel"
+        return _architecture(self.config_json)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -122,6 +121,11 @@ class Checkpoint:
         return (*(self.manifest.history if self.manifest else ()), entry)
 
 
+def _architecture(config_json: dict[str, Any]) -> str:
+    names = config_json.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "AutoModel"
+
+
 def _rewritten(manifest: Manifest, reader: CheckpointReader) -> bool:
     """Whether a weight file is not the one the manifest describes: a user's `save_pretrained` into the directory.
 
@@ -168,7 +172,9 @@ def write_surroundings(
     if manifest.modules:
         config["quantization_config"] = manifest.quantization_config()
     _write_json(work / "config.json", config)
-    (work / CARD).write_text(model_card(manifest, _license(source / CARD)), encoding="utf-8")
+    class_name = "AutoModel" if "auto_map" in config else _architecture(config)
+    card = model_card(manifest, _license(source / CARD), class_name)
+    (work / CARD).write_text(card, encoding="utf-8")
     files = sorted(path for path in work.rglob("*") if path.is_file())
     digests = {
         str(path.relative_to(work)): {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files
@@ -251,8 +257,8 @@ def _license(card: Path) -> str | None:
     return match[1] if match else None
 
 
-def model_card(manifest: Manifest, license_name: str | None = None) -> str:
-    """README.md of an output directory: what it is, how large, how to load it."""
+def model_card(manifest: Manifest, license_name: str | None = None, class_name: str = "AutoModel") -> str:
+    """README.md of an output directory: what it is, how large, how to load it as what class."""
     base = manifest.base_model.get("name", "unknown")
     totals = manifest.totals
     hub_id = manifest.base_model.get("revision") is not None
@@ -276,9 +282,9 @@ def model_card(manifest: Manifest, license_name: str | None = None) -> str:
             "",
             "```python",
             "import mpocli  # registers the loader; pip install mpocli",
-            "from transformers import AutoModel",
+            f"from transformers import {class_name}",
             "",
-            'model = AutoModel.from_pretrained("path/to/this/directory")',
+            f'model = {class_name}.from_pretrained("path/to/this/directory")',
             "```",
             "",
             "Never pass `ignore_mismatched_sizes=True` without `import mpocli`: it would return random layers.",
