@@ -22,7 +22,9 @@ from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
 from mpocli.hf.shrink import mpo_modules
 from mpocli.methods import decompose
+from mpocli.methods import squeeze as squeeze_module
 from mpocli.methods.decompose_plan import DecomposeConfig
+from mpocli.train.moments import take_moments
 
 Squeeze = Callable[..., dict[str, Any]]
 PLANTED = "bert.encoder.layer.1.intermediate.dense"
@@ -131,9 +133,11 @@ def test_the_recorded_bound_is_never_below_the_true_error_and_both_are_right(
             assert padded or cut["error_bound"] <= cut["true_error"] + 1e-4 * float(before[name].weight_matrix().norm())
 
 
-def test_every_round_takes_the_least_bound_of_numpy(squeeze: Squeeze, tuned: Path, work: Path) -> None:
-    """Singular values by numpy of the unfolded matrices: the first cut is the cheapest of all."""
-    report = squeeze("out", "--max-drop", 1, "--rounds", 1, "--finetune-steps", 0, "--step", "10%", "--ignore", PLANTED)
+@pytest.mark.parametrize("per_param", [False, True])
+def test_a_round_takes_the_least_bound_of_numpy(per_param: bool, squeeze: Squeeze, tuned: Path, work: Path) -> None:
+    """Singular values by numpy of the unfolded matrices: the cut is the cheapest of all, or for what it saves."""
+    options = ["--max-drop", 1, "--rounds", 1, "--finetune-steps", 0, "--step", "10%", "--ignore", PLANTED]
+    report = squeeze("out", *options, *(["--per-param"] if per_param else []))
     cheapest = []
     for name, module in mpo_modules(load(tuned)).items():
         for bond in (module.central, module.central + 1):
@@ -146,10 +150,15 @@ def test_every_round_takes_the_least_bound_of_numpy(squeeze: Squeeze, tuned: Pat
             values = np.linalg.svd(unfolded.numpy(), compute_uv=False)
             width = module.bond_dims[bond]
             kept = width - math.ceil(0.1 * width)
+            bound = float(np.linalg.norm(values[kept:width]))
+            # Both cores that meet there lose a slice for every dimension.
+            slices = sites.site_sizes[bond - 1] * module.bond_dims[bond - 1]
+            slices += sites.site_sizes[bond] * module.bond_dims[bond + 1]
+            score = bound / ((width - kept) * slices) if per_param else bound
             if name != PLANTED:
-                cheapest.append((float(np.linalg.norm(values[kept:width])), name, bond, kept))
+                cheapest.append((score, name, bond, kept, bound))
     (cut,) = report["rounds"][0]["cuts"]
-    bound, name, bond, kept = min(cheapest)
+    _, name, bond, kept, bound = min(cheapest)
     assert (cut["module"], cut["bond"], cut["to_dim"]) == (name, bond, kept)
     assert abs(cut["error_bound"] - bound) <= 1e-4 * bound
 
@@ -190,6 +199,44 @@ def test_entropy_takes_the_bond_that_uses_least_of_its_width(squeeze: Squeeze, w
     """The planted one: five of sixteen directions."""
     report = squeeze("out", "--max-drop", 1, "--rounds", 2, "--order", "entropy", "--finetune-steps", 0)
     assert all((cut["module"], cut["bond"]) == (PLANTED, 2) for record in report["rounds"] for cut in record["cuts"])
+
+
+@pytest.mark.parametrize("update", ["auxiliary", "all"])
+def test_rounds_are_one_training_with_cuts_in_between(
+    update: str, squeeze: Squeeze, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser counts its steps on and owns what lives, the data goes on, and the rate warms up once."""
+    seen: list[dict[str, Any]] = []
+    real = squeeze_module.train_segment
+
+    def watched(trainer: Any, resume: Any = None) -> None:
+        given = trainer.moments
+        order = list(trainer.sampler)
+        real(trainer, resume)
+        live = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
+        held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        state = take_moments(trainer.model, trainer.optimizer)
+        steps = {float(found["step"]) for found in state.values()}
+        rates = [trainer.schedule.factor(step) for step in range(3)]
+        seen.append({"owns": live == held, "steps": steps, "order": order, "rates": rates, "given": set(given)})
+
+    monkeypatch.setattr(squeeze_module, "train_segment", watched)
+    options = ["--max-drop", 1, "--rounds", 4, "--finetune-steps", 3, "--step", "20%", "--per-param"]
+    report = squeeze("out", *options, "--update", update)
+    assert all(found["owns"] for found in seen)
+    assert [found["steps"] for found in seen] == [{3.0}, {6.0}, {9.0}, {12.0}]
+    assert not seen[0]["given"] and all(len(found["given"]) > 20 for found in seen[1:])
+    # Twelve batches of eight are the whole of the training data: no sentence is seen twice.
+    everything = [k for found in seen for k in found["order"]]
+    assert len(everything) == len(set(everything)) == 96
+    assert [found["rates"] for found in seen] == [[0.0, 1.0, 0.5], *[[1.0, 2 / 3, 1 / 3]] * 3]
+    frozen = 0 if update == "all" else sum(core["params"] for core in _central_cores(report))
+    assert report["trainable_params"] == report["totals"]["params"] - frozen
+
+
+def _central_cores(report: dict[str, Any]) -> list[dict[str, int]]:
+    model = load(Path(report["out"]))
+    return [{"params": module.cores[module.central].numel()} for module in mpo_modules(model).values()]
 
 
 # --- when it stops, and what is kept ----------------------------------------------------------------------------------
