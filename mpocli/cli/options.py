@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -86,9 +87,16 @@ def parse_shapes(texts: list[str]) -> tuple[tuple[str, SiteShape], ...]:
 
 
 def at_least(option: str, value: float | None, least: float) -> None:
-    """`UsageError` for a number below the smallest that makes sense."""
+    """`UsageError` for a number below the smallest that makes sense, infinity or NaN."""
+    check_finite(option, value)
     if value is not None and value < least:
         raise UsageError(f"{option} {value}: must be at least {least}", hint=f"choose {option} {least} or more")
+
+
+def check_finite(option: str, value: float | None) -> None:
+    """`UsageError` for infinity and NaN."""
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value}: must be a finite number", hint=f"write {option} as 0.05, for example")
 
 
 def check_sites(value: int) -> None:

@@ -21,6 +21,8 @@ def check(path: Path) -> None:
         raise UsageError(f"--plot {path}: draws {', '.join(_FORMATS)}", hint=f"name it {path.stem or 'plot'}.svg")
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib", hint="pip install 'mpocli[plot]'")
+    if path.is_dir():
+        raise InputError(f"--plot {path}: is a directory", hint="name a file")
     if not path.parent.is_dir():
         raise InputError(f"--plot {path}: no directory {path.parent}", hint="make it first")
 
@@ -31,19 +33,29 @@ def squeeze(path: Path, report: SqueezeReport) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "mpocli"  # equal runs give equal files
+    mpl.rcParams |= {"svg.hashsalt": "mpocli", "svg.fonttype": "none"}  # equal runs give equal files, text stays text
     params = [report.totals_before.params, *(record.params for record in report.rounds)]
     values = [report.metrics_before[report.metric], *(record.metrics[report.metric] for record in report.rounds)]
     millions = [count / 1e6 for count in params]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(millions, values, color=_BLUE, marker="o", markersize=4, linewidth=1.2, label="rounds")
-    axes.plot(millions[0], values[0], color=_GREY, marker="s", markersize=8, linestyle="none", label="start")
+    axes.plot(millions, values, color=_BLUE, marker="o", markersize=4, linewidth=1.2, label="rounds", gid="rounds")
+    axes.plot(
+        millions[0], values[0], color=_GREY, marker="s", markersize=8, linestyle="none", label="start", gid="start"
+    )
     kept = report.kept_round
     label = f"kept: round {kept}, {params[kept]:,} parameters" if kept else "kept: the start"
-    axes.plot(*(millions[kept], values[kept]), color=_RED, marker="*", markersize=15, linestyle="none", label=label)
-    axes.axhline(report.reference, color=_GREY, linewidth=0.8, linestyle="--", label="reference")
+    axes.plot(
+        *(millions[kept], values[kept]),
+        color=_RED,
+        marker="*",
+        markersize=15,
+        linestyle="none",
+        label=label,
+        gid="kept",
+    )
+    axes.axhline(report.reference, color=_GREY, linewidth=0.8, linestyle="--", label="reference", gid="reference")
     axes.invert_xaxis()  # the squeeze goes from left to right
     axes.set_xlabel("parameters (millions)")
     axes.set_ylabel(report.metric.replace("_", " "))

@@ -14,7 +14,7 @@ from rich.table import Table
 from mpocli.cli import render
 
 if TYPE_CHECKING:
-    from mpocli.methods.squeeze import Watch
+    from mpocli.methods.squeeze_rounds import Watch
     from mpocli.methods.squeeze_state import RoundRecord
 
 # Of the rounds so far, so many stay in sight.
@@ -24,13 +24,13 @@ _SHOWN = 12
 @contextmanager
 def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
     """Whom `squeeze` tells: a table that grows with a bar below it, or lines where no terminal is."""
-    from mpocli.methods.squeeze import Watch
+    from mpocli.methods.squeeze_rounds import Watch
 
     if not enabled:
         yield Watch()
         return
     if not render.err.is_terminal:
-        yield Watch(round=lambda record: render.err.print(_line(record), markup=False))
+        yield Watch(round=lambda record, metric: render.err.print(_line(record), markup=False))
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -46,10 +46,9 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
         def step(done: int, total: int, line: str) -> None:
             bar.update(task, completed=done, total=total, line=line)
 
-        def finished(record: RoundRecord) -> None:
+        def finished(record: RoundRecord, metric: str) -> None:
             seen.append(record)
             bar.reset(task, description=f"round {record.round + 1}", total=None, line="")
-            metric = next(iter(record.metrics), "metric")
             live.update(Group(rounds_table(seen[-_SHOWN:], metric), bar))
 
         yield Watch(step, finished)
@@ -84,14 +83,16 @@ def _root(record: RoundRecord, name: str) -> float:
 
 
 def _bonds(record: RoundRecord) -> tuple[str, str]:
+    if not record.cuts:
+        return "none: trained only", ""
     first = record.cuts[0]
     if len(record.cuts) == 1:
         return f"{render.shortened(first.module, 36)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
     roles = {cut.role or "other" for cut in record.cuts}
-    widest = max(cut.from_dim for cut in record.cuts)
+    widest, narrowest = max(cut.from_dim for cut in record.cuts), min(cut.to_dim for cut in record.cuts)
     what = f"{len(record.cuts)} {roles.pop() if len(roles) == 1 else 'bonds'}"
     bonds = {cut.bond for cut in record.cuts}
-    return what + (f":{bonds.pop()}" if len(bonds) == 1 else ""), f"≤ {widest} → {max(c.to_dim for c in record.cuts)}"
+    return what + (f":{bonds.pop()}" if len(bonds) == 1 else ""), f"≤ {widest} → ≥ {narrowest}"
 
 
 def _line(record: RoundRecord) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
-_OWN_FILES = {"config.json", MANIFEST, WEIGHTS_INDEX, CARD, ".gitattributes", "metrics.jsonl"}
+_OWN_FILES = {"config.json", MANIFEST, WEIGHTS_INDEX, CARD, ".gitattributes", "metrics.jsonl", "squeeze.jsonl"}
 # Small configuration folders travel along (sentence-transformers' `1_Pooling`, say).
 _MAX_FOLDER_BYTES = 1 << 20
 

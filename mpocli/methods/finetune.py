@@ -19,8 +19,7 @@ from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
 from mpocli.methods.device import device_of
 from mpocli.methods.overparam import Overparam, OverparamReport
-from mpocli.methods.run_directory import check_begun, run_directory, training_directory
-from mpocli.methods.segment_state import last_state
+from mpocli.methods.run_directory import check_begun, check_place, reports_beside, run_directory, training_directory
 from mpocli.methods.student import check_finite, count_trainable, load_student, roles_of, round_to
 from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.best import KeepBest
@@ -132,16 +131,14 @@ def run(
     if state.num_processes > 1:
         device = state.device
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    if resume and not training_directory(out).exists() and (out / "config.json").is_file():
-        raise InputError(f"{out}: this run is finished, there is nothing to resume", hint="--overwrite begins anew")
-    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    check_place(out, checkpoint.source.directory, overwrite=overwrite, resume=resume)
     _check_overparam(config, checkpoint, model)
     if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
     check_report_to(config.optimisation.report_to)
     training = training_directory(out)
     options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
-    options["processes"] = state.num_processes
+    options |= {"processes": state.num_processes, "files": config.data.files()}
     goes_on = check_begun(training, options, resume=resume, overwrite=overwrite)
     done = last_checkpoint(training) if goes_on else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
@@ -160,13 +157,15 @@ def run(
     if config.select == "best":
         callbacks.append(_keep_best(training, data, config))
     state.wait_for_everyone()  # all have looked for an interrupted run before one begins
-    with run_directory(
-        training,
-        options,
-        files=(METRICS,),
-        begins=not resume,
-        writes=state.is_main_process,
-        worth_keeping=lambda: last_checkpoint(training) is not None or last_state(training) is not None,
+    with (
+        reports_beside(out, config.optimisation.report_to),
+        run_directory(
+            training,
+            options,
+            files=(METRICS,),
+            begins=not resume,
+            writes=state.is_main_process,
+        ),
     ):
         state.wait_for_everyone()
         tells = progress if state.is_main_process else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mpocli.errors import InputError
+from mpocli.io.output import check_output
+from mpocli.methods.segment_state import worth_resuming
 
 _RECORD = "run.json"
 
@@ -44,6 +47,32 @@ def check_begun(directory: Path, options: dict[str, Any], *, resume: bool, overw
     return True
 
 
+def check_place(out: Path, source: Path, *, overwrite: bool, resume: bool) -> None:
+    """`check_output` for a run with a training directory. Raises `InputError` where there is nothing to resume.
+
+    A run that is resumed was allowed to write to `out` when it began.
+    """
+    begun = training_directory(out).exists()
+    if resume and not begun and (out / "config.json").is_file():
+        raise InputError(f"{out}: this run is finished, there is nothing to resume", hint="--overwrite begins anew")
+    check_output(out, source, overwrite=overwrite or (resume and begun))
+
+
+@contextmanager
+def reports_beside(out: Path, report_to: Sequence[str]) -> Iterator[None]:
+    """TensorBoard's events go to `<out>.runs`, unless the user's environment names a place: the training directory is
+    deleted in the end."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ or not {"tensorboard", "all"} & set(report_to):
+        yield
+        return
+    os.environ[name] = str(out.resolve().with_name(f"{out.resolve().name}.runs"))
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 @contextmanager
 def run_directory(
     directory: Path,
@@ -52,15 +81,16 @@ def run_directory(
     files: Sequence[str],
     begins: bool,
     writes: bool,
-    worth_keeping: Callable[[], bool],
 ) -> Iterator[None]:
-    """The directory, made anew with empty `files` where a run `begins`; a failure leaves it only if it is worth
-    keeping. In other processes than the one that `writes` it does nothing."""
+    """The directory, made anew with empty `files` where a run `begins`; a failure leaves it only if there is something
+    to resume. In other processes than the one that `writes` it does nothing."""
     if writes and begins:
         shutil.rmtree(directory, ignore_errors=True)
         try:
             directory.mkdir(parents=True)
-            (directory / _RECORD).write_text(json.dumps(options))
+            partial = directory / f"{_RECORD}.partial"
+            partial.write_text(json.dumps(options))
+            partial.replace(directory / _RECORD)
             for name in files:
                 (directory / name).touch()
         except OSError as error:
@@ -71,6 +101,6 @@ def run_directory(
     try:
         yield
     except BaseException:
-        if writes and not worth_keeping():
+        if writes and not worth_resuming(directory):
             shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.train.moments import Moments
+from mpocli.train.segment import last_checkpoint
 
 _STATE = "state-"
 _PARTIAL = ".partial"
@@ -58,6 +59,12 @@ def last_state(directory: Path) -> int | None:
     """The newest complete state, None where there is none."""
     names = [path.name.removeprefix(_STATE) for path in directory.glob(f"{_STATE}*")]
     return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def worth_resuming(directory: Path) -> bool:
+    """Whether a training directory holds a state, or a checkpoint of a segment."""
+    places = (directory, *(path for path in directory.glob("*") if path.is_dir()))
+    return last_state(directory) is not None or any(last_checkpoint(place) is not None for place in places)
 
 
 def load_state(directory: Path, number: int) -> tuple[dict[str, Tensor], Moments, dict[str, Any]]:

@@ -162,8 +162,9 @@ def best(
         assert loss_after is not None
         untouched = loss_after({})
         scores = [loss_after(candidate.to) - untouched for candidate in found]
-    if per_param:
-        scores = [score / candidate.saved for score, candidate in zip(scores, found, strict=True)]
+    if per_param:  # of a loss that falls, more for more
+        pairs = zip(scores, found, strict=True)
+        scores = [score / one.saved if score > 0 else score * one.saved for score, one in pairs]
     return found[min(range(len(found)), key=scores.__getitem__)]
 
 

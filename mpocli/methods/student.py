@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,22 @@ def count_trainable(model: Any) -> tuple[int, dict[str, int]]:
         if parameter.requires_grad:
             counts[role] += parameter.numel()
     return sum(counts.values()), counts
+
+
+@contextmanager
+def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The model as it would be stored in a narrower dtype, and afterwards as it was."""
+    if dtype == torch.float32:
+        yield
+        return
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    round_to(model, dtype)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
 
 
 @torch.no_grad()

@@ -47,6 +47,10 @@ class DataOptions:
             del options[left_out]
         return options
 
+    def files(self) -> list[str | None]:
+        """As they were named, so that a resumed run is not given others of the same names."""
+        return [self.train, *self.eval, self.test, self.tokenizer]
+
 
 @dataclass(frozen=True)
 class EvalSet:

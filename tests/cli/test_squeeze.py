@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +22,9 @@ from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
 from mpocli.hf.shrink import mpo_modules
-from mpocli.methods import decompose
-from mpocli.methods import squeeze as squeeze_module
+from mpocli.methods import decompose, squeeze_rounds
 from mpocli.methods.decompose_plan import DecomposeConfig
+from mpocli.methods.squeeze_choice import Candidate, best
 from mpocli.train.moments import take_moments
 
 Squeeze = Callable[..., dict[str, Any]]
@@ -207,7 +208,7 @@ def test_rounds_are_one_training_with_cuts_in_between(
 ) -> None:
     """The optimiser counts its steps on and owns what lives, the data goes on, and the rate warms up once."""
     seen: list[dict[str, Any]] = []
-    real = squeeze_module.train_segment
+    real = squeeze_rounds.train_segment
 
     def watched(trainer: Any, resume: Any = None) -> None:
         given = trainer.moments
@@ -220,7 +221,7 @@ def test_rounds_are_one_training_with_cuts_in_between(
         rates = [trainer.schedule.factor(step) for step in range(3)]
         seen.append({"owns": live == held, "steps": steps, "order": order, "rates": rates, "given": set(given)})
 
-    monkeypatch.setattr(squeeze_module, "train_segment", watched)
+    monkeypatch.setattr(squeeze_rounds, "train_segment", watched)
     options = ["--max-drop", 1, "--rounds", 4, "--finetune-steps", 3, "--step", "20%", "--per-param"]
     report = squeeze("out", *options, "--update", update)
     assert all(found["owns"] for found in seen)
@@ -305,6 +306,70 @@ def test_a_target_that_is_missed_exits_with_5_and_the_output_is_there(squeeze: S
     assert load(work / "out")
 
 
+def test_a_drop_of_exactly_the_limit_is_inside(squeeze: Squeeze) -> None:
+    """1.0 − 0.95 is 0.050000000000000044."""
+    start = squeeze("look", "--rounds", 1, "--finetune-steps", 0, "--step", 1)["rounds"][0]["metrics"]["accuracy"]
+    options = ["--reference", start + 0.05, "--max-drop", 0.05, "--rounds", 1, "--finetune-steps", 0, "--step", 1]
+    report = squeeze("out", *options)
+    assert report["rounds"][0]["drop"] == pytest.approx(0.05) and report["kept_round"] == 1
+
+
+def test_small_enough_and_outside_the_drop_it_only_trains(squeeze: Squeeze) -> None:
+    """With patience: no bond is cut below a target that is met."""
+    options = ["--target-ratio", 1.2, "--step", "30%", "--tie", "kind", "--finetune-steps", 2, "--max-drop", 0]
+    report = squeeze("out", *options, "--reference", 1.5, "--patience", 30, "--rounds", 12, code=5)
+    sizes = [record["params"] for record in report["rounds"]]
+    met = [size <= report["target_params"] for size in sizes]
+    assert any(met) and len(sizes) == 12
+    first = met.index(True)
+    assert len(set(sizes[first:])) == 1 and all(not record["cuts"] for record in report["rounds"][first + 1 :])
+
+
+def test_a_round_that_leaves_the_finite_numbers_leaves_the_rounds_before_it(
+    squeeze: Squeeze, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rounds = squeeze_rounds.train_segment, 0
+
+    def third_fails(trainer: Any, resume: Any = None) -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 3:
+            with torch.no_grad():
+                next(p for p in trainer.model.parameters() if p.requires_grad).fill_(math.nan)
+        real(trainer, resume)
+
+    options = ["--max-drop", 1, "--finetune-steps", 2, "--step", "20%"]
+    wanted = squeeze("two", *options, "--rounds", 2)
+    monkeypatch.setattr(squeeze_rounds, "train_segment", third_fails)
+    report = squeeze("out", *options, "--rounds", 5)
+    assert report["stopped"] == "not-finite" and report["kept_round"] == 2 and report["rounds"] == wanted["rounds"]
+    first, second = weights(work / "out"), weights(work / "two")
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_target_counts_the_head_that_the_files_lack(cli: Cli, lab: Path, work: Path) -> None:
+    """A bare body becomes a masked language model: what is written is what the target was for."""
+    succeeded(cli("decompose", lab / "body", "-o", "mpo"))
+    lm = ["--task", "lm", "--train", lab / "train.txt", "--eval", lab / "dev.txt", "--max-length", 24, "--json"]
+    options = ["--target-params", 14_000, "--finetune-steps", 0, "--step", "20%", "--tie", "kind", "-o", "out"]
+    report = succeeded(cli("squeeze", "mpo", *lm, *options)).json
+    assert report["totals"]["params"] <= 14_000 and report["target_met"] is True
+    assert report["totals"]["params"] == report["rounds"][-1]["params"]
+
+
+def test_a_direct_target_below_what_is_left_is_missed_by_exhaustion(squeeze: Squeeze) -> None:
+    report = squeeze("out", "--direct", "--target-params", 100, "--finetune-steps", 0, "--step", "50%", code=5)
+    assert report["stopped"] == "exhausted" and report["target_met"] is False
+
+
+def test_per_param_prefers_the_larger_saving_where_the_loss_falls() -> None:
+    few, many = (Candidate({}, saved, 0.0) for saved in (10, 100_000))
+    losses = iter((1.0, 0.99, 0.98))
+    nothing: Any = None
+    chosen = best([few, many], "sensitivity", nothing, nothing, per_param=True, loss_after=lambda _: next(losses))
+    assert chosen is many
+
+
 # --- the artifact ---------------------------------------------------------------------------------------------------
 
 
@@ -318,9 +383,12 @@ def test_history_and_jsonl_have_every_round_and_the_chain_goes_on(
     assert lines == report["rounds"] == entry["rounds"] and len(lines) == 3
     assert entry["command"] == "squeeze" and entry["options"]["step"] == "30%"
     assert report["test_metrics"] == report["metrics"]
-    picture = ET.fromstring((work / "rounds.svg").read_text())
-    words = "".join(picture.itertext())
-    assert picture.tag.endswith("svg") and (work / "rounds.svg").stat().st_size > 5000, words
+    drawn = ET.fromstring((work / "rounds.svg").read_text())
+    marks = {group: len(drawn.findall(f".//*[@id='{group}']//{{*}}use")) for group in ("rounds", "start", "kept")}
+    assert marks == {"rounds": 4, "start": 1, "kept": 1}  # the start is on the line too
+    assert drawn.find(".//*[@id='reference']//{*}path") is not None
+    words = " ".join(drawn.itertext())
+    assert f"kept: round 3, {report['rounds'][-1]['params']:,} parameters" in words and "accuracy" in words
 
     found = succeeded(
         cli("eval", "out", "--task", "sst2", "--eval", lab / "dev.tsv", "--max-length", 32, "--json")
@@ -328,8 +396,10 @@ def test_history_and_jsonl_have_every_round_and_the_chain_goes_on(
     assert found["metrics"] == report["metrics"]
     again = squeeze("again", "--max-drop", 1, "--rounds", 1, "--finetune-steps", 1, model=work / "out")
     assert again["totals_before"] == report["totals"]
+    assert len((work / "again" / "squeeze.jsonl").read_text().splitlines()) == 1
     succeeded(cli("finetune", "out", *sst2(lab, "--steps", 2), "-o", "tuned"))
     succeeded(cli("merge", "out", "-o", "dense"))
+    assert not (work / "tuned" / "squeeze.jsonl").exists() and not (work / "dense" / "squeeze.jsonl").exists()
     table = succeeded(cli("inspect", "out", "--json")).json
     bonds = {module["name"]: module["bond_dims"] for module in table["modules"]}
     for cut in lines[-1]["cuts"]:
@@ -356,7 +426,7 @@ def test_tied_heads_shrink_with_their_tables(kind: str, cli: Cli, lab: Path, wor
         assert record["drop"] == record["metrics"]["perplexity"] - report["metrics_before"]["perplexity"]
 
 
-def test_half_precision_is_measured_as_it_is_stored(
+def test_half_precision_is_measured_in_every_round_as_it_is_stored(
     squeeze: Squeeze, cli: Cli, lab: Path, tuned: Path, work: Path
 ) -> None:
     made = load(tuned).to(torch.bfloat16)
@@ -418,6 +488,45 @@ def test_a_long_round_resumes_from_its_own_checkpoints(
     assert tree(work / "cut") == tree(work / "whole")
 
 
+def test_a_kill_after_a_long_round_does_not_mix_its_checkpoints_into_the_next(
+    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+) -> None:
+    """The round is written, its segment not yet deleted."""
+    options = ["--rounds", 2, "--step", "20%", "--finetune-steps", 12, "--save-steps", 4, "--log-steps", 4, "-o"]
+    arguments = ["squeeze", tuned, *sst2(lab, *options)]
+    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    assert whole.code == 0, whole.err
+    moment = Moment("open", r"squeeze\.jsonl\.partial")
+    assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    assert (work / "cut.training" / "segment-1").is_dir() and (work / "cut.training" / "state-1").is_dir()
+    ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["resumed_from"] == 1 and tree(work / "cut") == tree(work / "whole")
+
+
+def test_ctrl_c_in_a_long_first_round_leaves_its_checkpoints(
+    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+) -> None:
+    options = ["--direct", "--target-ratio", 1.1, "--finetune-steps", 12, "--save-steps", 4, "--log-steps", 4, "-o"]
+    arguments = ["squeeze", tuned, *sst2(lab, *options)]
+    moment = Moment("open", r"segment-1/checkpoint-8/trainer_state\.json", signal=signal.SIGINT)
+    stopped = server.run(*arguments, "out", cwd=work, log=tmp_path / "log", moment=moment)
+    assert stopped.code == 130 and "--resume" in stopped.err
+    ended = server.run(*arguments, "out", "--resume", cwd=work, log=tmp_path / "log")
+    assert ended.code == 0, ended.err
+
+
+def test_what_was_begun_with_overwrite_resumes_over_the_old_output(
+    lab: Path, tuned: Path, server: Server, cli: Cli, work: Path, tmp_path: Path
+) -> None:
+    options = sst2(lab, "--rounds", 2, "--finetune-steps", 1, "-o", "out")
+    succeeded(cli("squeeze", tuned, *options))
+    moment = Moment("open", r"squeeze\.jsonl\.partial")
+    again = server.run("squeeze", tuned, *options, "--overwrite", cwd=work, log=tmp_path / "log", moment=moment)
+    assert again.code == -9 and (work / "out" / "config.json").is_file()
+    assert succeeded(cli("squeeze", tuned, *options, "--resume")).json["resumed_from"] == 1
+
+
 def test_other_options_do_not_resume(
     cli: Cli, lab: Path, tuned: Path, work: Path, server: Server, tmp_path: Path
 ) -> None:
@@ -448,6 +557,9 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "step of zero": (["--max-drop", 1, "--step", "0"], 2, "'0'"),
     "step of everything": (["--max-drop", 1, "--step", "100%"], 2, "'100%'"),
     "step of nonsense": (["--max-drop", 1, "--step", "x"], 2, "'x'"),
+    "drop that is no number": (["--max-drop", "nan"], 2, "--max-drop nan"),
+    "reference without end": (["--max-drop", 1, "--reference", "inf"], 2, "--reference inf"),
+    "all ignored": (["--max-drop", 1, "--ignore", "*"], 2, "--ignore *: no MPO is left"),
     "negative drop": (["--max-drop", -1], 2, "--max-drop"),
     "direct without a target": (["--max-drop", 1, "--direct"], 2, "--direct"),
     "direct by loss": (["--target-ratio", 0.5, "--direct", "--order", "sensitivity"], 2, "--order"),

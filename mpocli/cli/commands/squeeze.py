@@ -10,7 +10,7 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
-from mpocli.cli.options import at_least, one_of, parse_bytes
+from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes
 from mpocli.cli.train_options import HOW
 from mpocli.errors import TargetNotMetError, UsageError
 
@@ -151,6 +151,7 @@ def command(
     one_of("--tie", tie, ("matrix", "kind"))
     for option, value in (("--rounds", rounds), ("--target-params", target_params), ("--save-steps", save_steps)):
         at_least(option, value, 1)
+    check_finite("--reference", reference)
     for option, number in (("--patience", patience), ("--finetune-steps", finetune_steps), ("--max-drop", max_drop)):
         at_least(option, number, 0)
     if target_ratio is not None and not 0 < target_ratio < float("inf"):
@@ -198,8 +199,9 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import squeeze
     from mpocli.methods.squeeze_choice import Step
+    from mpocli.methods.squeeze_config import SqueezeConfig
 
-    config = squeeze.SqueezeConfig(
+    config = SqueezeConfig(
         data=data,
         optimisation=optimisation,
         max_drop=max_drop,
@@ -234,14 +236,13 @@ def command(
         raise
     if not report.is_writer:
         return
-    if plot is not None:
-        plots.squeeze(plot, report)
     if json:
         render.print_json("squeeze", report)
     else:
         _show(report)
-        if plot is not None:
-            render.err.print(f"drawn in {plot}", markup=False)
+    if plot is not None:
+        plots.squeeze(plot, report)
+        render.err.print(f"drawn in {plot}", markup=False)
     if report.target_met is False:
         raise TargetNotMetError(
             f"{report.totals.params:,} parameters, the target is {report.target_params:,}: stopped by {_why(report)}",
@@ -255,6 +256,7 @@ def _why(report: SqueezeReport) -> str:
         "max-drop": "--max-drop",
         "rounds": "--rounds",
         "exhausted": "bonds that are all 1",
+        "not-finite": "a round whose training left the finite numbers (lower --lr)",
     }[report.stopped]
 
 

@@ -1,0 +1,236 @@
+"""The rounds of a squeeze: cut, train, evaluate, save; and when there is no next one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpocli.errors import NumericsError, UsageError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.shrink import mpo_modules, set_mpo
+from mpocli.io.manifest import Totals
+from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, at_once, best, candidates, groups
+from mpocli.methods.squeeze_config import SqueezeConfig
+from mpocli.methods.squeeze_state import Cut, Progressed, RoundRecord, save_round
+from mpocli.methods.student import roles_of, rounded
+from mpocli.methods.task_data import TaskData, evaluate
+from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
+from mpocli.nn import MPOModule
+from mpocli.train.moments import cut_moments, take_moments
+from mpocli.train.processes import on_first
+from mpocli.train.segment import Place, Schedule, SegmentTrainer, Steps, last_checkpoint, train_segment
+
+# Batches of training data on which `--order sensitivity` measures the loss.
+SENSITIVITY_BATCHES = 2
+# Shorter rounds are trained again from their beginning after a kill; longer ones keep checkpoints.
+_LONG_ROUND = 199
+_SEGMENT = "segment"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told: `step` of (done, total, line) within a round, `round` of every finished one and the main metric."""
+
+    step: Callable[[int, int, str], None] | None = None
+    round: Callable[[RoundRecord, str], None] | None = None
+
+
+class Squeezer:
+    """One squeeze: the model that shrinks, and everything that stays."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: SqueezeConfig,
+        checkpoint: Checkpoint,
+        data: TaskData,
+        directory: Path,
+        target: int | None,
+        before: Totals,
+        device: torch.device,
+        watch: Watch,
+    ) -> None:
+        self.model, self.config, self.data, self.directory = model, config, data, directory
+        self.target, self.before, self.device, self.watch = target, before, device, watch
+        self.roles = roles_of(model, checkpoint)
+        self.stored_dtype = checkpoint.stored_dtype
+        self.modules = _chosen(mpo_modules(model), self.roles, config)
+        self.tied = groups(self.modules, self.roles, config.tie)
+        self.start = {name: module.sites.num_params(module.bond_dims) for name, module in self.modules.items()}
+
+    def begin(self) -> Progressed:
+        if self.watch.step:
+            self.watch.step(0, max(1, self.config.finetune_steps), "evaluating")
+        return Progressed((), {}, 0, on_first(lambda: evaluate(self.model, self.data, self.config.data)))
+
+    def reference(self, state: Progressed) -> float:
+        """The metric that the drop is measured from."""
+        found = self.config.reference
+        return state.before[self.data.task.main_metric] if found is None else found
+
+    def params(self) -> int:
+        """Of the whole model, now."""
+        now = sum(module.sites.num_params(module.bond_dims) for module in self.modules.values())
+        return self.before.params - sum(self.start.values()) + now
+
+    def round(self, state: Progressed, *, writes: bool) -> tuple[Progressed, str | None]:
+        """Cut, train, evaluate, save. Returns the state after it, and why there is no next round, None if there is."""
+        config, number = self.config, len(state.records) + 1
+        stopped = self._stop(state)
+        if stopped is not None:
+            return state, stopped
+        met = self.target is not None and self.params() <= self.target
+        # Small enough, but outside the drop: this round only trains.
+        # One process chooses: sums that differ in the last bit must not lead to different models.
+        to = {} if met else on_first(self._choice)
+        if not to and not met:
+            return state, "exhausted"
+        cuts = self._cut(to, state)
+        moments = state.moments
+        if config.finetune_steps:
+            try:
+                moments = self._train(number, state)
+            except NumericsError:
+                if not state.kept:
+                    raise
+                return state, "not-finite"
+        with rounded(self.model, self.stored_dtype):  # measured is what would be stored
+            metrics = on_first(lambda: evaluate(self.model, self.data, config.data))
+        params = self.params()
+        drop = self.reference(state) - metrics[self.data.task.main_metric]
+        drop = drop if self.data.task.greater_is_better else -drop
+        record = RoundRecord(number, cuts, params, params / self.before.dense_params, metrics, drop)
+        # A drop of 0.05 is 0.050000000000000044 in floating point.
+        inside = config.max_drop is None or drop <= config.max_drop + 1e-9 * max(1.0, abs(self.reference(state)))
+        state = Progressed((*state.records, record), moments, number if inside else state.kept, state.before)
+        if writes:
+            save_round(self.directory, self.model, state)
+            shutil.rmtree(self.directory / f"{_SEGMENT}-{number}", ignore_errors=True)
+        if self.watch.round and writes:
+            self.watch.round(record, self.data.task.main_metric)
+        return state, self._stop(state)
+
+    def _stop(self, state: Progressed) -> str | None:
+        outside = len(state.records) - state.kept
+        if outside > self.config.patience:
+            return "max-drop"
+        met = self.target is not None and self.params() <= self.target
+        if met and not outside:
+            return "target"
+        if met and not self.config.finetune_steps:
+            return "max-drop"  # nothing would change any more
+        if self.config.direct and state.records and not met:
+            return "exhausted"
+        if self.config.rounds is not None and len(state.records) >= self.config.rounds:
+            return "rounds"
+        return None
+
+    def _choice(self) -> dict[Bond, int]:
+        config = self.config
+        widths, spectra = Widths(self.modules), Spectra(self.modules)
+        save = None if self.target is None else max(1, self.params() - self.target)
+        if config.direct:
+            assert save is not None
+            how: Any = {"per_param": config.per_param, "save": save}
+            return at_once(self.tied, widths, spectra, config.step, config.order, **how)
+        found = candidates(self.tied, widths, spectra, config.step, save=save)
+        if not found:
+            return {}
+        chosen = best(found, config.order, spectra, widths, per_param=config.per_param, loss_after=self._loss_after)
+        return chosen.to
+
+    def _cut(self, to: Mapping[Bond, int], state: Progressed) -> tuple[Cut, ...]:
+        """Cut the bonds for good; the optimiser's state follows."""
+        cuts = []
+        for bond, width in to.items():
+            before = self.modules[bond.module].to_mpo()
+            after, cut = cut_bond(before, bond.bond, width)
+            set_mpo(self.model, bond.module, after)
+            cut_moments(state.moments, bond.module, cut)
+            cuts.append(self._recorded(bond, cut, before, after))
+        return tuple(cuts)
+
+    def _recorded(self, bond: Bond, cut: BondCut, before: MPO, after: MPO) -> Cut:
+        true, _ = stored_error(before.to(dtype=torch.float64).to_matrix(), after)
+        role = self.roles.get(bond.module)
+        return Cut(bond.module, role, bond.bond, cut.before, cut.after, cut.error_bound, true)
+
+    @torch.no_grad()
+    def _loss_after(self, to: Mapping[Bond, int]) -> float:
+        """The mean loss on a fixed sample of the training data with these bonds cut, which are then restored."""
+        kept: dict[str, MPO] = {}
+        for bond, width in to.items():
+            mpo = self.modules[bond.module].to_mpo()
+            kept.setdefault(bond.module, mpo)
+            set_mpo(self.model, bond.module, cut_bond(mpo, bond.bond, width)[0])
+        size = self.config.optimisation.batch_size
+        collator = self.data.collator(self.config.optimisation.seed)
+        sample = [self.data.train[k] for k in self._sample(size * SENSITIVITY_BATCHES)]
+        was_training = self.model.training
+        self.model.eval()
+        losses = []
+        for first in range(0, len(sample), size):
+            batch = {key: value.to(self.model.device) for key, value in collator(sample[first : first + size]).items()}
+            losses.append(float(self.model(**batch)["loss"]))
+        self.model.train(was_training)
+        for name, mpo in kept.items():
+            set_mpo(self.model, name, mpo)
+        return sum(losses) / len(losses)
+
+    def _sample(self, count: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.config.optimisation.seed)
+        order: list[int] = torch.randperm(len(self.data.train), generator=generator).tolist()
+        return order[:count]
+
+    def _train(self, number: int, state: Progressed) -> Any:
+        """Fine-tune for one round, a training segment of its own; the optimiser's state after it."""
+        config, steps = self.config, self.config.finetune_steps
+        segment = self.directory / f"{_SEGMENT}-{number}"
+        long = steps > (config.optimisation.save_steps or _LONG_ROUND)
+        # The optimiser has to warm up once; afterwards its state goes on.
+        warmup = math.ceil(config.optimisation.warmup * steps) if number == 1 else 0
+        callbacks = [Steps(self.watch.step)] if self.watch.step else []
+        trainer = SegmentTrainer(
+            self.model,
+            self.data.train,
+            self.data.collator(config.optimisation.seed),
+            config.optimisation,
+            Schedule(steps, warmup),
+            steps,
+            segment,
+            device=self.device,
+            callbacks=callbacks,
+            next_token=self.data.family == "causal",
+            place=Place(number, (number - 1) * steps),
+            moments=state.moments,
+            checkpoints=long,
+        )
+        train_segment(trainer, last_checkpoint(segment) if long else None)
+        return take_moments(self.model, trainer.optimizer)
+
+
+def _chosen(
+    modules: Mapping[str, MPOModule], roles: Mapping[str, str | None], config: SqueezeConfig
+) -> dict[str, MPOModule]:
+    """The modules that may shrink; `UsageError` where none is left, or a glob matches nothing."""
+    for glob in config.ignore:
+        if not any(fnmatchcase(name, glob) for name in modules):
+            raise UsageError(f"--ignore {glob!r} matches no MPO", hint="mpocli inspect lists their names")
+    found = {
+        name: module
+        for name, module in modules.items()
+        if (config.layers is None or roles.get(name) in config.layers)
+        and not any(fnmatchcase(name, glob) for glob in config.ignore)
+    }
+    if not found:
+        chosen = [f"--layers {','.join(config.layers)}"] if config.layers else []
+        chosen += [f"--ignore {glob}" for glob in config.ignore]
+        raise UsageError(f"{' '.join(chosen)}: no MPO is left", hint="mpocli inspect lists them")
+    return found
