@@ -142,9 +142,12 @@ def test_the_squeeze_recipe_runs_from_end_to_end(
     """Both arms end at the same size, the squeezed one after as many steps as the other."""
     monkeypatch.chdir(shop)
     monkeypatch.setenv("STEPS", "2")
-    files = ["SST-2/train.tsv", "SST-2/dev.tsv", "0.95", "squeezed", "--lr", "2e-4", "--max-length", "16"]
-    printed = [mpocli(words, capsys) for words in recipe("squeeze.sh", ["small-bert", "sst2", *files], shop)]
+    monkeypatch.setenv("LENGTH", "16")
+    files = ["SST-2/train.tsv", "SST-2/dev.tsv", "0.95", "squeezed", "--lr", "2e-4"]
+    commands = recipe("squeeze.sh", ["small-bert", "sst2", *files], shop)
+    printed = [mpocli(words, capsys) for words in commands]
     assert [code for code, _, _ in printed] == [0] * 6, printed
+    assert all("16" in words for words in commands if words[0] in ("finetune", "squeeze", "eval"))
     found = [json.loads((shop / "squeezed" / arm / "mpo.json").read_text()) for arm in ("squeezed", "direct")]
     sizes = [manifest["totals"]["params"] for manifest in found]
     assert (

@@ -82,16 +82,17 @@ class Table:
         self.show(best, runs, tuned, steps)
 
     def show(self, best: dict[str, float], runs: dict[str, list[Any]], tuned: dict[Any, Any], steps: int) -> None:
-        print("\n| arm | accuracy | rate | parameters | ratio | rounds × steps |\n|---|---:|---:|---:|---:|---:|")
+        print("\n| arm | accuracy | rate | parameters | ratio | steps |\n|---|---:|---:|---:|---:|---:|")
         before = [run["metrics_before"]["accuracy"] for run in runs["direct"]]
         totals = runs["direct"][0]["totals_before"]
         print(f"| before | {_spread(before)} | | {totals['params']:,} | {totals['ratio']:.3f} | |")
         for arm, found in runs.items():
-            totals, rounds = found[0]["totals"], len(found[0]["rounds"])
+            totals = found[0]["totals"]
+            counts = [len(run["rounds"]) * ROUND_STEPS if arm == "squeezed" else steps for run in found]
             values = [run["metrics"]["accuracy"] for run in found]
             print(
                 f"| {arm} | {_spread(values)} | {best[arm]:g} | {totals['params']:,} | {totals['ratio']:.3f} | "
-                f"{rounds} × {steps // rounds} |"
+                f"{', '.join(map(str, counts))} |"
             )
         for (arm, rate), run in tuned.items():
             print(f"seed {SEEDS[0]}, {arm}, rate {rate:g}: {run['metrics']['accuracy']:.4f}")
