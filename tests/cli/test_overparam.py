@@ -311,7 +311,9 @@ def test_two_processes_expand_the_same_and_train_as_one_with_twice_the_batch(
     chosen = [[(found["module"], found["step"]) for found in report["overparam"]["expanded"]] for report in (one, two)]
     assert chosen[0] == chosen[1]
     first, second = weights(work / "one"), weights(work / "two")
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 2e-4
+    # A key's bias has no gradient but rounding, of which Adam makes a step.
+    names = [name for name in first if not name.endswith("key.bias")]
+    assert max(float((first[name] - second[name]).abs().max()) for name in names) <= 1e-4
 
 
 BAD: dict[str, tuple[list[object], int, str]] = {
