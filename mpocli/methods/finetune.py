@@ -17,15 +17,14 @@ from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
-from mpocli.methods.device import device_of
 from mpocli.methods.overparam import Overparam, OverparamReport
-from mpocli.methods.run_directory import check_begun, check_place, reports_beside, run_directory, training_directory
+from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
 from mpocli.methods.student import check_finite, count_trainable, load_student, roles_of, round_to
 from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation
 from mpocli.train.models import load_model
-from mpocli.train.processes import on_first, processes, set_seed
+from mpocli.train.processes import on_first, set_seed
 from mpocli.train.segment import (
     METRICS,
     MetricsFile,
@@ -33,7 +32,6 @@ from mpocli.train.segment import (
     Schedule,
     SegmentTrainer,
     Steps,
-    check_report_to,
     last_checkpoint,
     train_segment,
 )
@@ -126,21 +124,12 @@ def run(
     checkpoint stays), `UsageError` for options that contradict one another.
     """
     started = time.perf_counter()
-    device = device_of(config.device)
-    state = processes(device)
-    if state.num_processes > 1:
-        device = state.device
-    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    check_place(out, checkpoint.source.directory, overwrite=overwrite, resume=resume)
+    begun = begin(model, config, out, overwrite=overwrite, resume=resume)
+    checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
     _check_overparam(config, checkpoint, model)
     if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
-    check_report_to(config.optimisation.report_to)
-    training = training_directory(out)
-    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
-    options |= {"processes": state.num_processes, "files": config.data.files()}
-    goes_on = check_begun(training, options, resume=resume, overwrite=overwrite)
-    done = last_checkpoint(training) if goes_on else None
+    done = last_checkpoint(training) if begun.goes_on else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
     schedule, steps = _schedule(config, len(data.train), state.num_processes)
 
@@ -161,9 +150,9 @@ def run(
         reports_beside(out, config.optimisation.report_to),
         run_directory(
             training,
-            options,
+            begun.options,
             files=(METRICS,),
-            begins=not resume,
+            begins=not begun.goes_on,
             writes=state.is_main_process,
         ),
     ):
@@ -188,7 +177,7 @@ def run(
                 distillation=distillation,
                 trust_remote_code=config.trust_remote_code,
             )
-            expanded = overparam.train(student, how, config.overparam, resume=goes_on)
+            expanded = overparam.train(student, how, config.overparam, resume=begun.goes_on)
         else:
             trainer = SegmentTrainer(
                 student,

@@ -7,12 +7,19 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
 from mpocli.io.output import check_output
+from mpocli.methods.device import device_of
 from mpocli.methods.segment_state import worth_resuming
+from mpocli.train.processes import processes
+from mpocli.train.segment import check_report_to
 
 _RECORD = "run.json"
 
@@ -45,6 +52,38 @@ def check_begun(directory: Path, options: dict[str, Any], *, resume: bool, overw
             hint="resume with the same options, or pass --overwrite instead of --resume to begin anew",
         )
     return True
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that may begin, or `goes_on`: its checkpoint, where it computes, and what it must not change on resuming.
+
+    `state` is accelerate's view of the processes, `training` the directory beside the output.
+    """
+
+    checkpoint: Checkpoint
+    device: torch.device
+    state: Any
+    training: Path
+    options: dict[str, Any]
+    goes_on: bool
+
+
+def begin(model: str, config: Any, out: Path, *, overwrite: bool, resume: bool) -> Begun:
+    """Open the model and see that the output can be written, before any work; `config` is a command's own.
+
+    Raises `InputError` and `UsageError` for a model, place or record of an interrupted run that does not allow it.
+    """
+    device = device_of(config.device)
+    state = processes(device)
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    check_place(out, checkpoint.source.directory, overwrite=overwrite, resume=resume)
+    check_report_to(config.optimisation.report_to)
+    training = training_directory(out)
+    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
+    options |= {"processes": state.num_processes, "files": config.data.files()}
+    goes_on = check_begun(training, options, resume=resume, overwrite=overwrite)
+    return Begun(checkpoint, state.device if state.num_processes > 1 else device, state, training, options, goes_on)
 
 
 def check_place(out: Path, source: Path, *, overwrite: bool, resume: bool) -> None:

@@ -14,16 +14,14 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
-from mpocli.methods.device import device_of
-from mpocli.methods.run_directory import check_begun, check_place, reports_beside, run_directory, training_directory
+from mpocli.methods.run_directory import begin, reports_beside, run_directory
 from mpocli.methods.segment_state import last_state
 from mpocli.methods.squeeze_config import SqueezeConfig, check_options, target_params
 from mpocli.methods.squeeze_rounds import Squeezer, Watch
 from mpocli.methods.squeeze_state import RECORDS, RoundRecord, load_round, write_records
 from mpocli.methods.student import check_finite, count_trainable, load_student, round_to
 from mpocli.methods.task_data import TaskData, check_trained_head, evaluate, prepare
-from mpocli.train.processes import processes, set_seed
-from mpocli.train.segment import check_report_to
+from mpocli.train.processes import set_seed
 from mpocli.train.updates import set_recompute, set_update
 
 
@@ -75,20 +73,11 @@ def run(
     started = time.perf_counter()
     watch = watch or Watch()
     check_options(config)
-    device = device_of(config.device)
-    state = processes(device)
-    if state.num_processes > 1:
-        device = state.device
-    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    check_place(out, checkpoint.source.directory, overwrite=overwrite, resume=resume)
+    begun = begin(model, config, out, overwrite=overwrite, resume=resume)
+    checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
     if not checkpoint.is_mpo:
         raise InputError(f"{model}: has no MPOs to squeeze", hint="run mpocli decompose, then mpocli finetune")
     checkpoint.totals()  # names the module where files and config disagree, which loading would not
-    check_report_to(config.optimisation.report_to)
-    training = training_directory(out)
-    options = {**config.recorded(), "seed": config.optimisation.seed, "input_sha256": checkpoint.reader.sha256}
-    options |= {"processes": state.num_processes, "files": config.data.files()}
-    goes_on = check_begun(training, options, resume=resume, overwrite=overwrite)
     data = prepare(checkpoint, config.data, needs_train=config.finetune_steps > 0 or config.order == "sensitivity")
     check_trained_head(checkpoint, data)
     if not data.eval:
@@ -104,14 +93,14 @@ def run(
         reports_beside(out, config.optimisation.report_to),
         run_directory(
             training,
-            options,
+            begun.options,
             files=(RECORDS,),
-            begins=not goes_on,
+            begins=not begun.goes_on,
             writes=state.is_main_process,
         ),
     ):
         state.wait_for_everyone()
-        done = last_state(training) if goes_on else None
+        done = last_state(training) if begun.goes_on else None
         progressed = squeezer.begin() if done is None else load_round(training, done, student)
         if state.is_main_process and watch.round:
             for record in progressed.records:  # those of before the kill

@@ -125,3 +125,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tasks.prose(made / f"{split}.txt", 80 if seed == 1 else 30, seed)
         tasks.restaurants(made / f"e2e-{split}.csv", 48 if seed == 1 else 10, seed)
     return made
+
+
+@pytest.fixture(scope="module")
+def trainer(lab: Path) -> Iterator[Server]:
+    """One that has imported what training takes, which would be most of a run."""
+    heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
+    methods = "mpocli.methods.finetune", "mpocli.methods.squeeze"
+    with Server(lab / "body", *methods, "transformers.models.bert.modeling_bert", *heavy) as running:
+        yield running

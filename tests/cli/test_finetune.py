@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def server(lab: Path) -> Iterator[Server]:
-    """One that has imported what training takes, which would be most of a run."""
-    heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    with Server(lab / "body", "mpocli.methods.finetune", "transformers.models.bert.modeling_bert", *heavy) as running:
-        yield running
-
-
 def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / WEIGHTS)
 
@@ -97,16 +89,16 @@ EPOCHS = ["--limit", 44, "--steps", 15, "--select", "best"]  # of 40 sentences, 
     ids=["last", "best", "masked"],
 )
 def test_kill_9_and_resume_gives_the_bytes_of_the_uninterrupted_run(
-    model: str, options: list[Any], moments: list[Moment], lab: Path, server: Server, work: Path, tmp_path: Path
+    model: str, options: list[Any], moments: list[Moment], lab: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """Weights, metrics.jsonl line by line and manifest; a half-written newest checkpoint is passed over."""
     filled = [option.format(lab=lab) if isinstance(option, str) else option for option in options]
     arguments = ["finetune", lab / model, *sst2(lab, "--save-steps", 5, *filled), "-o"]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
     wanted = json.loads(whole.out)
     for number, moment in enumerate(moments):
-        killed = server.run(*arguments, f"cut{number}", cwd=work, log=tmp_path / "log", moment=moment)
+        killed = trainer.run(*arguments, f"cut{number}", cwd=work, log=tmp_path / "log", moment=moment)
         assert killed.code == -9 and not (work / f"cut{number}").exists()
         left = work / f"cut{number}.training"
         if moment is HALF_WRITTEN:
@@ -114,7 +106,7 @@ def test_kill_9_and_resume_gives_the_bytes_of_the_uninterrupted_run(
             assert not (left / "checkpoint-10" / "trainer_state.json").exists()
         else:
             assert len(tasks.logged(left)) == 7
-        ended = server.run(*arguments, f"cut{number}", "--resume", cwd=work, log=tmp_path / "log")
+        ended = trainer.run(*arguments, f"cut{number}", "--resume", cwd=work, log=tmp_path / "log")
         assert ended.code == 0, ended.err
         found = json.loads(ended.out)
         assert found["resumed_from"] == 5
@@ -126,24 +118,24 @@ def test_kill_9_and_resume_gives_the_bytes_of_the_uninterrupted_run(
 
 
 def test_killed_before_the_first_checkpoint_resume_begins_anew(
-    lab: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     arguments = ["finetune", lab / "mpo", *sst2(lab), "-o"]
     moment = Moment("open", r"metrics\.jsonl", number=6)
-    assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
-    again = server.run(*arguments, "cut", cwd=work, log=tmp_path / "log")
+    assert trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    again = trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log")
     assert again.code == 3 and "--resume" in again.err
-    ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    ended = trainer.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0 and json.loads(ended.out)["resumed_from"] == 0
     assert [line["step"] for line in tasks.logged(work / "cut")] == list(range(1, 13))
 
 
-def test_seeds_resume_in_the_seed_that_was_killed(lab: Path, server: Server, work: Path, tmp_path: Path) -> None:
+def test_seeds_resume_in_the_seed_that_was_killed(lab: Path, trainer: Server, work: Path, tmp_path: Path) -> None:
     arguments = ["finetune", lab / "mpo", *sst2(lab, "--save-steps", 5, "--seeds", "1,2"), "-o"]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     moment = Moment("open", r"seed-2\.training/metrics\.jsonl", number=11)
-    assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
-    ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    assert trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    ended = trainer.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0, ended.err
     found, wanted = json.loads(ended.out), json.loads(whole.out)
     assert [run["resumed_from"] for run in found["runs"]] == [0, 5]
@@ -315,10 +307,10 @@ def test_a_loss_that_is_no_number_before_any_checkpoint_leaves_nothing(cli: Cli,
 
 @pytest.mark.parametrize("limit", [60_000, 120_000], ids=["weights", "optimiser"])
 def test_a_full_disk_at_a_checkpoint_is_exit_3(
-    limit: int, lab: Path, server: Server, work: Path, tmp_path: Path
+    limit: int, lab: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     arguments = ["finetune", lab / "mpo", *sst2(lab, "--save-steps", 5, "--update", "all"), "-o", "out"]
-    ended = server.run(*arguments, cwd=work, log=tmp_path / "log", limit=limit)
+    ended = trainer.run(*arguments, cwd=work, log=tmp_path / "log", limit=limit)
     refused(Outcome(ended.code, ended.out, ended.err), 3, "out.training", "cannot be written", "free some space")
     assert tree(work) == {}
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,6 @@ def train(cli: Cli, lab: Path, body: Path, work: Path) -> Train:
         return succeeded(cli("finetune", model or body, *sst2(lab, *more), "-o", out)).json
 
     return run
-
-
-@pytest.fixture(scope="module")
-def server(lab: Path) -> Iterator[Server]:
-    heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    with Server(lab / "body", "mpocli.methods.finetune", "transformers.models.bert.modeling_bert", *heavy) as running:
-        yield running
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -271,18 +264,18 @@ def test_the_sceptic_s_arm_raises_the_rate_of_the_same_matrices_alone(
     ids=["dynamic", "static"],
 )
 def test_killed_and_resumed_gives_the_bytes_of_the_uninterrupted_run(
-    method: str, moments: list[Moment], lab: Path, body: Path, server: Server, work: Path, tmp_path: Path
+    method: str, moments: list[Moment], lab: Path, body: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """Between expansions, before one is written, and within a segment."""
     options = ["--overparam", method, "--top-n", 2, "--splits", 2, "--every", 3, "--save-steps", 2, "-o"]
     arguments = ["finetune", body, *sst2(lab, *options)]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
     wanted = json.loads(whole.out)
     for number, moment in enumerate(moments):
-        killed = server.run(*arguments, f"cut{number}", cwd=work, log=tmp_path / "log", moment=moment)
+        killed = trainer.run(*arguments, f"cut{number}", cwd=work, log=tmp_path / "log", moment=moment)
         assert killed.code == -9 and not (work / f"cut{number}").exists()
-        ended = server.run(*arguments, f"cut{number}", "--resume", cwd=work, log=tmp_path / "log")
+        ended = trainer.run(*arguments, f"cut{number}", "--resume", cwd=work, log=tmp_path / "log")
         assert ended.code == 0, ended.err
         found = json.loads(ended.out)
         for key in ("metrics", "metrics_before", "overparam", "trainable_params"):

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,6 @@ def squeeze(cli: Cli, lab: Path, tuned: Path, work: Path) -> Squeeze:
         return done.json
 
     return run
-
-
-@pytest.fixture(scope="module")
-def server(lab: Path) -> Iterator[Server]:
-    heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    with Server(lab / "body", "mpocli.methods.squeeze", "transformers.models.bert.modeling_bert", *heavy) as running:
-        yield running
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -445,12 +438,12 @@ def test_half_precision_is_measured_in_every_round_as_it_is_stored(
 
 
 def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
-    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """Between rounds, in the middle of one, and while a round is being written; bytes of the whole output."""
     options = ["--max-drop", 1, "--rounds", 6, "--finetune-steps", 3, "--step", "20%", "--per-param", "-o"]
     arguments = ["squeeze", tuned, *sst2(lab, *options)]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
     wanted = json.loads(whole.out)
     draw = random.Random(2021)
@@ -461,9 +454,9 @@ def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
         "first": Moment("open", r"state-1\.partial/record\.json"),
     }
     for name, moment in moments.items():
-        killed = server.run(*arguments, name, cwd=work, log=tmp_path / "log", moment=moment)
+        killed = trainer.run(*arguments, name, cwd=work, log=tmp_path / "log", moment=moment)
         assert killed.code == -9 and not (work / name).exists()
-        ended = server.run(*arguments, name, "--resume", cwd=work, log=tmp_path / "log")
+        ended = trainer.run(*arguments, name, "--resume", cwd=work, log=tmp_path / "log")
         assert ended.code == 0, ended.err
         found = json.loads(ended.out)
         assert found["resumed_from"] == (0 if name == "first" else found["resumed_from"]) < 6
@@ -474,65 +467,65 @@ def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
 
 
 def test_a_long_round_resumes_from_its_own_checkpoints(
-    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     target = ["--direct", "--target-ratio", 1.1, "--finetune-steps", 12, "--save-steps", 4, "--log-steps", 4, "-o"]
     arguments = ["squeeze", tuned, *sst2(lab, *target)]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
     moment = Moment("open", r"segment-1/checkpoint-8/trainer_state\.json")
-    assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    assert trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
     assert (work / "cut.training" / "segment-1" / "checkpoint-4" / "trainer_state.json").is_file()
-    ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    ended = trainer.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0, ended.err
     assert tree(work / "cut") == tree(work / "whole")
 
 
 def test_a_kill_after_a_long_round_does_not_mix_its_checkpoints_into_the_next(
-    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """The round is written, its segment not yet deleted."""
     options = ["--rounds", 2, "--step", "20%", "--finetune-steps", 12, "--save-steps", 4, "--log-steps", 4, "-o"]
     arguments = ["squeeze", tuned, *sst2(lab, *options)]
-    whole = server.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
     moment = Moment("open", r"squeeze\.jsonl\.partial")
-    assert server.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    assert trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log", moment=moment).code == -9
     assert (work / "cut.training" / "segment-1").is_dir() and (work / "cut.training" / "state-1").is_dir()
-    ended = server.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    ended = trainer.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["resumed_from"] == 1 and tree(work / "cut") == tree(work / "whole")
 
 
 def test_ctrl_c_in_a_long_first_round_leaves_its_checkpoints(
-    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     options = ["--direct", "--target-ratio", 1.1, "--finetune-steps", 12, "--save-steps", 4, "--log-steps", 4, "-o"]
     arguments = ["squeeze", tuned, *sst2(lab, *options)]
     moment = Moment("open", r"segment-1/checkpoint-8/trainer_state\.json", signal=signal.SIGINT)
-    stopped = server.run(*arguments, "out", cwd=work, log=tmp_path / "log", moment=moment)
+    stopped = trainer.run(*arguments, "out", cwd=work, log=tmp_path / "log", moment=moment)
     assert stopped.code == 130 and "--resume" in stopped.err
-    ended = server.run(*arguments, "out", "--resume", cwd=work, log=tmp_path / "log")
+    ended = trainer.run(*arguments, "out", "--resume", cwd=work, log=tmp_path / "log")
     assert ended.code == 0, ended.err
 
 
 def test_what_was_begun_with_overwrite_resumes_over_the_old_output(
-    lab: Path, tuned: Path, server: Server, cli: Cli, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, cli: Cli, work: Path, tmp_path: Path
 ) -> None:
     options = sst2(lab, "--rounds", 2, "--finetune-steps", 1, "-o", "out")
     succeeded(cli("squeeze", tuned, *options))
     moment = Moment("open", r"squeeze\.jsonl\.partial")
-    again = server.run("squeeze", tuned, *options, "--overwrite", cwd=work, log=tmp_path / "log", moment=moment)
+    again = trainer.run("squeeze", tuned, *options, "--overwrite", cwd=work, log=tmp_path / "log", moment=moment)
     assert again.code == -9 and (work / "out" / "config.json").is_file()
     assert succeeded(cli("squeeze", tuned, *options, "--resume")).json["resumed_from"] == 1
 
 
 def test_other_options_do_not_resume(
-    cli: Cli, lab: Path, tuned: Path, work: Path, server: Server, tmp_path: Path
+    cli: Cli, lab: Path, tuned: Path, work: Path, trainer: Server, tmp_path: Path
 ) -> None:
     options = sst2(lab, "--max-drop", 1, "--rounds", 2, "--finetune-steps", 1, "-o", "out")
     moment = Moment("open", r"squeeze\.jsonl\.partial", number=1)
-    assert server.run("squeeze", tuned, *options, cwd=work, log=tmp_path / "log", moment=moment).code == -9
+    assert trainer.run("squeeze", tuned, *options, cwd=work, log=tmp_path / "log", moment=moment).code == -9
     refused(cli("squeeze", tuned, *options), 3, "out.training", "--resume")
     refused(cli("squeeze", tuned, *options, "--resume", "--step", 2), 3, "step", "'5%'", "2")
     succeeded(cli("squeeze", tuned, *options, "--resume"))
@@ -540,10 +533,10 @@ def test_other_options_do_not_resume(
 
 
 def test_a_full_disk_in_a_round_leaves_the_round_before(
-    lab: Path, tuned: Path, server: Server, work: Path, tmp_path: Path
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     options = sst2(lab, "--max-drop", 1, "--rounds", 2, "--finetune-steps", 1, "-o", "out")
-    done = server.run("squeeze", tuned, *options, cwd=work, log=tmp_path / "log", limit=20_000)
+    done = trainer.run("squeeze", tuned, *options, cwd=work, log=tmp_path / "log", limit=20_000)
     assert done.code == 3 and "state 1 cannot be written" in done.err and "Traceback" not in done.err
     assert not list(work.iterdir())
 
