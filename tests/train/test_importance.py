@@ -39,7 +39,7 @@ def test_zeroed_losses_are_the_change_of_the_loss_and_leave_no_trace(model: Any)
     found = zeroed_losses(lambda: mean_loss(model, batches), weights)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     model.eval()
-    whole = sum(float(model(**batch).loss) for batch in batches) / 2
+    whole = sum(float(model(**batch).loss.detach()) for batch in batches) / 2
     for name in NAMES:
         state = {**before, name: torch.zeros_like(before[name])}
         losses = [float(torch.func.functional_call(model, state, kwargs=batch).loss) for batch in batches]
