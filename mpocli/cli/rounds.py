@@ -49,16 +49,16 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
         def finished(record: RoundRecord, metric: str) -> None:
             seen.append(record)
             bar.reset(task, description=f"round {record.round + 1}", total=None, line="")
-            live.update(Group(rounds_table(seen[-_SHOWN:], metric), bar))
+            live.update(Group(rounds_table(seen[-_SHOWN:], metric, width=max(12, render.err.width - 80)), bar))
 
         yield Watch(step, finished)
 
 
-def rounds_table(records: Sequence[RoundRecord], metric: str, *, kept: int | None = None) -> Table:
-    """One row a round; the one that was kept is marked."""
+def rounds_table(records: Sequence[RoundRecord], metric: str, *, kept: int | None = None, width: int = 36) -> Table:
+    """One row a round; the one that was kept is marked. Module names are shortened to `width`."""
     table = render.table("round", "<bond", "from → to", "bound", "true", "parameters", "ratio", metric, "drop", "<")
     for record in records:
-        what, widths = _bonds(record)
+        what, widths = _bonds(record, width)
         bound, true = (_root(record, name) for name in ("error_bound", "true_error"))
         value = record.metrics.get(metric)
         table.add_row(
@@ -82,12 +82,12 @@ def _root(record: RoundRecord, name: str) -> float:
     return float(sum(squares) ** 0.5)
 
 
-def _bonds(record: RoundRecord) -> tuple[str, str]:
+def _bonds(record: RoundRecord, width: int = 36) -> tuple[str, str]:
     if not record.cuts:
         return "none: trained only", ""
     first = record.cuts[0]
     if len(record.cuts) == 1:
-        return f"{render.shortened(first.module, 36)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
+        return f"{render.shortened(first.module, width)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
     roles = {cut.role or "other" for cut in record.cuts}
     widest, narrowest = max(cut.from_dim for cut in record.cuts), min(cut.to_dim for cut in record.cuts)
     what = f"{len(record.cuts)} {roles.pop() if len(roles) == 1 else 'bonds'}"
