@@ -1,4 +1,4 @@
-"""Over-parameterise: put lossless MPOs in the place of dense matrices for training, and fold them back after it."""
+"""Over-parameterise: lossless MPOs in the place of dense matrices, for training. `replace.remove` folds them back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from mpocli.errors import InputError
-from mpocli.hf.replace import dense_shape, install, remove
+from mpocli.hf.replace import dense_shape, install
 from mpocli.io.manifest import MPOSpec
 from mpocli.mpo import MPO, SiteShape, site_shape, symmetric_gauge
 from mpocli.nn import MPOModule
@@ -58,8 +58,3 @@ def expand(model: PreTrainedModel, name: str, sites: SiteShape) -> MPO:
     made.load_mpo(mpo)
     made.train(module.training)
     return mpo
-
-
-def fold(model: PreTrainedModel) -> None:
-    """Contract every MPO of a model back into the dense module that stood there."""
-    remove(model)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.expand import expand, fold, overparam_shape, svd_shape
-from mpocli.hf.replace import dense_shape
+from mpocli.hf.expand import expand, overparam_shape, svd_shape
+from mpocli.hf.replace import dense_shape, remove
 from mpocli.methods.segment_state import drop_states, last_state, load_state, save_state
 from mpocli.methods.student import count_trainable, has_head, load_student, roles_of
 from mpocli.methods.task_data import TaskData
@@ -333,19 +332,9 @@ def _static_scores(run: Run, options: Overparam, groups: Mapping[str, Sequence[s
         train_segment(trainer, last_checkpoint(directory))
     copy.to(run.device)
     weights = {name: copy.get_submodule(name).weight for members in groups.values() for name in members}
-    batches = _batches(run, options.score_batches)
+    chosen = run.optimisation
+    batches = run.data.sample(chosen.batch_size, options.score_batches, chosen.seed, run.device)
     return on_first(lambda: zeroed_losses(lambda: mean_loss(copy, batches), weights)), steps
-
-
-def _batches(run: Run, count: int) -> list[dict[str, Tensor]]:
-    """A fixed sample of the training data, drawn by the seed."""
-    size, seed = run.optimisation.batch_size, run.optimisation.seed
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(run.data.train), generator=generator).tolist()[: size * count]
-    collator = run.data.collator(seed)
-    cuts = [order[first : first + size] for first in range(0, len(order), size)]
-    batches = [collator([run.data.train[k] for k in cut]) for cut in cuts]
-    return [{key: value.to(run.device) for key, value in batch.items()} for batch in batches]
 
 
 @torch.no_grad()
@@ -353,10 +342,10 @@ def _folded(run: Run, model: Any, chain: _Chain, options: Overparam, score_steps
     """Fold, and measure what that changed."""
     training_params = sum(parameter.numel() for parameter in model.parameters())
     trainable = count_trainable(model)[1]
-    (batch,) = _batches(run, 1)
+    (batch,) = run.data.sample(run.optimisation.batch_size, 1, run.optimisation.seed, run.device)
     model.to(run.device).eval()
     before = model(**batch)["logits"].float()
-    fold(model)
+    remove(model)
     model.to(run.device)
     after = model(**batch)["logits"].float()
     return OverparamReport(

@@ -105,7 +105,7 @@ def run(
         if state.is_main_process and watch.round:
             for record in progressed.records:  # those of before the kill
                 watch.round(record, data.task.main_metric)
-        stopped = None
+        stopped = squeezer.stopped(progressed)
         while stopped is None:
             progressed, stopped = squeezer.round(progressed, writes=state.is_main_process)
         state.wait_for_everyone()

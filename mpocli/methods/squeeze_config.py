@@ -26,7 +26,7 @@ class SqueezeConfig:
     target_bytes: int | None = None
     rounds: int | None = None
     finetune_steps: int = 100
-    step: Step = Step(share=0.05)  # noqa: RUF009 (frozen)
+    step: Step = field(default_factory=lambda: Step(share=0.05))
     order: Order = "error"
     per_param: bool = False
     tie: str = "matrix"

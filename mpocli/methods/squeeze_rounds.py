@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.artifact import Checkpoint
@@ -23,6 +25,7 @@ from mpocli.methods.student import roles_of, rounded
 from mpocli.methods.task_data import TaskData, evaluate
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
+from mpocli.train.importance import mean_loss
 from mpocli.train.moments import cut_moments, take_moments
 from mpocli.train.processes import on_first
 from mpocli.train.segment import Place, Schedule, SegmentTrainer, Steps, last_checkpoint, train_segment
@@ -83,9 +86,6 @@ class Squeezer:
     def round(self, state: Progressed, *, writes: bool) -> tuple[Progressed, str | None]:
         """Cut, train, evaluate, save. Returns the state after it, and why there is no next round, None if there is."""
         config, number = self.config, len(state.records) + 1
-        stopped = self._stop(state)
-        if stopped is not None:
-            return state, stopped
         met = self.target is not None and self.params() <= self.target
         # Small enough, but outside the drop: this round only trains.
         # One process chooses: sums that differ in the last bit must not lead to different models.
@@ -115,9 +115,10 @@ class Squeezer:
             shutil.rmtree(self.directory / f"{_SEGMENT}-{number}", ignore_errors=True)
         if self.watch.round and writes:
             self.watch.round(record, self.data.task.main_metric)
-        return state, self._stop(state)
+        return state, self.stopped(state)
 
-    def _stop(self, state: Progressed) -> str | None:
+    def stopped(self, state: Progressed) -> str | None:
+        """Why no round follows on this state, None where one does."""
         outside = len(state.records) - state.kept
         if outside > self.config.patience:
             return "max-drop"
@@ -162,7 +163,11 @@ class Squeezer:
         role = self.roles.get(bond.module)
         return Cut(bond.module, role, bond.bond, cut.before, cut.after, cut.error_bound, true)
 
-    @torch.no_grad()
+    @cached_property
+    def _sample(self) -> list[dict[str, Tensor]]:
+        chosen = self.config.optimisation
+        return self.data.sample(chosen.batch_size, SENSITIVITY_BATCHES, chosen.seed, self.model.device)
+
     def _loss_after(self, to: Mapping[Bond, int]) -> float:
         """The mean loss on a fixed sample of the training data with these bonds cut, which are then restored."""
         kept: dict[str, MPO] = {}
@@ -170,24 +175,10 @@ class Squeezer:
             mpo = self.modules[bond.module].to_mpo()
             kept.setdefault(bond.module, mpo)
             set_mpo(self.model, bond.module, cut_bond(mpo, bond.bond, width)[0])
-        size = self.config.optimisation.batch_size
-        collator = self.data.collator(self.config.optimisation.seed)
-        sample = [self.data.train[k] for k in self._sample(size * SENSITIVITY_BATCHES)]
-        was_training = self.model.training
-        self.model.eval()
-        losses = []
-        for first in range(0, len(sample), size):
-            batch = {key: value.to(self.model.device) for key, value in collator(sample[first : first + size]).items()}
-            losses.append(float(self.model(**batch)["loss"]))
-        self.model.train(was_training)
+        loss = mean_loss(self.model, self._sample)
         for name, mpo in kept.items():
             set_mpo(self.model, name, mpo)
-        return sum(losses) / len(losses)
-
-    def _sample(self, count: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.config.optimisation.seed)
-        order: list[int] = torch.randperm(len(self.data.train), generator=generator).tolist()
-        return order[:count]
+        return loss
 
     def _train(self, number: int, state: Progressed) -> Any:
         """Fine-tune for one round, a training segment of its own; the optimiser's state after it."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
@@ -103,6 +104,15 @@ class TaskData:
     def collator(self, seed: int) -> Collator:
         """Makes batches for training."""
         return Collator(self.pad, self.tokenizer if self.family == "masked" else None, seed)
+
+    def sample(self, batch_size: int, count: int, seed: int, device: torch.device) -> list[dict[str, Tensor]]:
+        """`count` batches of training data, drawn by the seed: what losses are compared on."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train), generator=generator).tolist()[: batch_size * count]
+        cuts = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        collator = self.collator(seed)
+        batches = [collator([self.train[k] for k in cut]) for cut in cuts]
+        return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
 def prepare(

@@ -13,14 +13,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from runs import bootstrap, mpocli, options, spread
 
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"folder": "sst2", "metric": "accuracy", "limit": 8000, "epochs": 2, "max_length": 64, "batch": 32},
@@ -33,22 +32,12 @@ CAPS = ["--emb-trunc", "440", "--attention-trunc", "75", "--ffn-trunc", "125", "
 ARMS: dict[str, list[str] | None] = {"dense": None, "lossless MPO": [], "compressed MPO": CAPS}
 
 
-def mpocli(*arguments: str | Path, threads: int) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "mpocli", *map(str, arguments), "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
-
-
 class Table:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.task = options, TASKS[options.task]
-        self.work: Path = options.work / options.task
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.options, self.task = chosen, TASKS[chosen.task]
+        self.work: Path = chosen.work / chosen.task
         self.work.mkdir(parents=True, exist_ok=True)
-        self.data: Path = options.data / self.task["folder"]
+        self.data: Path = chosen.data / self.task["folder"]
 
     def start(self, arm: str) -> Path:
         """The checkpoint that an arm begins with."""
@@ -103,14 +92,8 @@ class Table:
             jobs = {(arm, rate): pool.submit(self.run, arm, rate, SEEDS[0]) for rate in LEARNING_RATES for arm in ARMS}
             tuned = {key: job.result() for key, job in jobs.items()}
             best = {arm: max(LEARNING_RATES, key=lambda rate: tuned[arm, rate]["metrics"][metric]) for arm in ARMS}
-            rest = {
-                (arm, seed): pool.submit(self.run, arm, best[arm], seed)
-                for seed in self.options.seeds[1:]
-                for arm in ARMS
-            }
-            runs = {
-                arm: [tuned[arm, best[arm]], *(rest[arm, s].result() for s in self.options.seeds[1:])] for arm in ARMS
-            }
+            rest = {(arm, seed): pool.submit(self.run, arm, best[arm], seed) for seed in SEEDS[1:] for arm in ARMS}
+            runs = {arm: [tuned[arm, best[arm]], *(rest[arm, s].result() for s in SEEDS[1:])] for arm in ARMS}
         self.show(best, runs)
 
     def show(self, best: dict[str, float], runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -120,9 +103,8 @@ class Table:
         for arm, found in runs.items():
             values = [run["metrics"][metric] for run in found]
             seconds = statistics.mean(run["step_seconds"] for run in found)
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             print(
-                f"| {arm} | {statistics.mean(values):.3f}{spread} | {best[arm]:g} | {found[0]['trainable_params']:,} | "
+                f"| {arm} | {spread(values)} | {best[arm]:g} | {found[0]['trainable_params']:,} | "
                 f"{found[0]['totals']['params']:,} | {seconds / dense_seconds:.2f}× |"
             )
         for arm in runs:
@@ -133,14 +115,13 @@ class Table:
         print(
             f"\n{task['limit']} training rows, {task['epochs']} epochs, length {task['max_length']}, "
             f"batch {task['batch']}, {runs['dense'][0]['steps']} steps, {self.options.precision}, learning rates "
-            f"{', '.join(f'{rate:g}' for rate in LEARNING_RATES)} on seed 1, seeds {list(self.options.seeds)}; "
+            f"{', '.join(f'{rate:g}' for rate in LEARNING_RATES)} on seed 1, seeds {list(SEEDS)}; "
             f"{minutes:.0f} process-minutes for the rows shown, {platform.machine()}, {os.cpu_count()} cores, "
             f"{self.options.parallel} runs at a time"
         )
 
     def interval(self, arm: str, best: dict[str, float]) -> tuple[float, float]:
         """95 % of the difference to dense when the development rows are drawn anew, the same for all seeds."""
-        generator = np.random.default_rng(0)
 
         def read(which: str, seed: int) -> list[dict[str, Any]]:
             name = f"{which.replace(' ', '-')}-lr{best[which]:g}-seed{seed}"
@@ -148,14 +129,11 @@ class Table:
             return [json.loads(line) for line in lines]
 
         pairs = []
-        for seed in self.options.seeds:
+        for seed in SEEDS:
             pairs.append([np.array([(r["prediction"], r["label"]) for r in read(a, seed)]) for a in (arm, "dense")])
-        count, differences = len(pairs[0][0]), []
-        for _ in range(2000):
-            rows = generator.integers(count, size=count)
-            differences.append(np.mean([self.value(a[rows]) - self.value(b[rows]) for a, b in pairs]))
-        low, high = np.quantile(differences, (0.025, 0.975))
-        return float(low), float(high)
+        return bootstrap(
+            len(pairs[0][0]), lambda rows: float(np.mean([self.value(a[rows]) - self.value(b[rows]) for a, b in pairs]))
+        )
 
     def value(self, rows: Any) -> float:
         if self.task["metric"] == "accuracy":
@@ -165,18 +143,5 @@ class Table:
         return float(spearmanr(rows[:, 0], rows[:, 1]).statistic)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    Table(parser.parse_args()).measure()
-
-
 if __name__ == "__main__":
-    main()
+    Table(options(__doc__, TASKS)).measure()

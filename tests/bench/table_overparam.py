@@ -13,12 +13,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from runs import mpocli, options, spread
 
 TASKS: dict[str, dict[str, Any]] = {
     "cola": {"metric": "matthews_correlation", "limit": 4000, "steps": 375, "batch": 32, "max_length": 64},
@@ -34,17 +34,14 @@ ARMS: dict[str, list[str]] = {
     "static": ["--overparam", "static", "--top-n", "3"],
     "dynamic": ["--overparam", "dynamic", "--top-n", "3", "--splits", "3"],
 }
-# Runs the command and says what the process's memory was at most.
-_RUN = "import resource, sys; from mpocli.cli.app import main\ntry: main(sys.argv[1:])\nfinally: "
-_RUN += "sys.stderr.write(f'\\npeak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\\n')"
 
 
 class Table:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.task = options, TASKS[options.task]
-        self.work: Path = options.work / options.task
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.options, self.task = chosen, TASKS[chosen.task]
+        self.work: Path = chosen.work / chosen.task
         self.work.mkdir(parents=True, exist_ok=True)
-        self.data: Path = options.data / options.task
+        self.data: Path = chosen.data / chosen.task
 
     def run(self, arm: str, rate: float, seed: int) -> dict[str, Any]:
         name = f"{arm.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
@@ -55,19 +52,13 @@ class Table:
         began, task = time.time(), self.task
         more = ["--mpo-lr", str(RAISE * rate)] if arm == "plain, raised rate" else []
         arguments = [
-            *("finetune", self.options.model, "--task", self.options.task, *ARMS[arm], *more, "--json", "--overwrite"),
+            *("finetune", self.options.model, "--task", self.options.task, *ARMS[arm], *more, "--overwrite"),
             *("--train", self.data / "train.tsv", "--eval", self.data / "dev.tsv", "--limit", task["limit"]),
             *("--steps", task["steps"], "--batch-size", task["batch"], "--max-length", task["max_length"]),
             *("--lr", rate, "--seed", seed, "--precision", self.options.precision, "--save-steps", 100_000),
             *("-o", self.work / name),
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, "-c", _RUN, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        report: dict[str, Any] = json.loads(done.stdout)
-        report["peak_kb"] = int(done.stderr.rpartition("peak ")[2])
+        report = mpocli(*arguments, threads=self.options.threads)
         report["minutes"] = (time.time() - began) / 60
         record.write_text(json.dumps(report))
         print(f"{time.strftime('%H:%M:%S')} {name}: {report['metrics']}", flush=True)
@@ -89,7 +80,7 @@ class Table:
             time_ratio = statistics.mean(run["step_seconds"] for run in found) / seconds
             memory = statistics.mean(run["peak_kb"] for run in found) / peak
             print(
-                f"| {arm} | {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} | {best[arm]:g} | "
+                f"| {arm} | {spread(values)} | {best[arm]:g} | "
                 f"{found[0]['trainable_params']:,} | {time_ratio:.2f}× | {memory:.2f}× |"
             )
         for (arm, rate), run in tuned.items():
@@ -102,17 +93,5 @@ class Table:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    Table(parser.parse_args()).measure()
-
-
 if __name__ == "__main__":
-    main()
+    Table(options(__doc__, TASKS)).measure()

@@ -13,14 +13,13 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table_finetune import mpocli
+from runs import bootstrap, mpocli, options, spread
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4)
 SEEDS = (1, 2)
@@ -30,12 +29,12 @@ HOW = ["--target-ratio", RATIO, "--tie", "kind", "--per-param", "--step", "10%"]
 
 
 class Table:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.work = options, options.work
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.options, self.work = chosen, chosen.work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.dev = options.data / "dev.tsv"
-        shared = ["--task", "sst2", "--train", options.data / "train.tsv", "--eval", self.dev, "--limit", LIMIT]
-        self.shared = [*shared, "--max-length", LENGTH, "--batch-size", BATCH, "--precision", options.precision]
+        self.dev = chosen.data / "dev.tsv"
+        shared = ["--task", "sst2", "--train", chosen.data / "train.tsv", "--eval", self.dev, "--limit", LIMIT]
+        self.shared = [*shared, "--max-length", LENGTH, "--batch-size", BATCH, "--precision", chosen.precision]
 
     def start(self, seed: int) -> Path:
         """A lossless MPO, its auxiliary cores fine-tuned for two epochs."""
@@ -85,13 +84,13 @@ class Table:
         print("\n| arm | accuracy | rate | parameters | ratio | steps |\n|---|---:|---:|---:|---:|---:|")
         before = [run["metrics_before"]["accuracy"] for run in runs["direct"]]
         totals = runs["direct"][0]["totals_before"]
-        print(f"| before | {_spread(before)} | | {totals['params']:,} | {totals['ratio']:.3f} | |")
+        print(f"| before | {spread(before)} | | {totals['params']:,} | {totals['ratio']:.3f} | |")
         for arm, found in runs.items():
             totals = found[0]["totals"]
             counts = [len(run["rounds"]) * ROUND_STEPS if arm == "squeezed" else steps for run in found]
             values = [run["metrics"]["accuracy"] for run in found]
             print(
-                f"| {arm} | {_spread(values)} | {best[arm]:g} | {totals['params']:,} | {totals['ratio']:.3f} | "
+                f"| {arm} | {spread(values)} | {best[arm]:g} | {totals['params']:,} | {totals['ratio']:.3f} | "
                 f"{', '.join(map(str, counts))} |"
             )
         for (arm, rate), run in tuned.items():
@@ -113,27 +112,9 @@ class Table:
             rows = [json.loads(line) for line in lines]
             return np.array([row["prediction"] == row["label"] for row in rows], dtype=float)
 
-        generator = np.random.default_rng(0)
         gaps = np.mean([right("squeezed", s) - right("direct", s) for s in SEEDS], axis=0)
-        means = [gaps[generator.integers(len(gaps), size=len(gaps))].mean() for _ in range(2000)]
-        low, high = np.quantile(means, (0.025, 0.975))
-        return float(low), float(high)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    Table(parser.parse_args()).measure()
+        return bootstrap(len(gaps), lambda rows: float(gaps[rows].mean()))
 
 
 if __name__ == "__main__":
-    main()
+    Table(options(__doc__)).measure()

@@ -311,6 +311,7 @@ def test_two_processes_expand_the_same_and_train_as_one_with_twice_the_batch(
 
 BAD: dict[str, tuple[list[object], int, str]] = {
     "unknown method": (["--overparam", "magic"], 2, "'magic'"),
+    "shapes of nothing": (["--shape", "*query=4,8x8,4"], 2, "--shape without --overparam"),
     "no roles": (["--overparam", "svd", "--layers", "nonsense"], 2, "'nonsense'"),
     "roles without matrices": (["--overparam", "svd", "--layers", "pooler", "--shape", "*x=4,8x8,4"], 2, "'*x'"),
     "shape of another size": (["--overparam", "svd", "--shape", "*query=4,4x8,4"], 3, "query"),

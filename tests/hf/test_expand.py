@@ -12,7 +12,8 @@ from families import FAMILIES, logits, make
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.expand import expand, fold, overparam_shape, svd_shape
+from mpocli.hf.expand import expand, overparam_shape, svd_shape
+from mpocli.hf.replace import remove
 from mpocli.methods.overparam import candidates
 from mpocli.methods.student import roles_of
 from mpocli.nn import MPOModule
@@ -45,7 +46,7 @@ def test_expanded_and_folded_logits_are_the_dense_ones(family: str, tmp_path: Pa
     assert sum(isinstance(module, MPOModule) for module in model.modules()) == len(every)
     bound = 1e-5 * max(1.0, float(before.abs().max()))
     assert float((logits(model) - before).abs().max()) <= bound
-    fold(model)
+    remove(model)
     assert float((logits(model) - before).abs().max()) <= bound
     after = model.state_dict()
     assert list(after) == names

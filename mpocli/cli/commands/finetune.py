@@ -190,6 +190,10 @@ def command(
     for option, number in (*counts, ("--score-steps", score_steps)):
         at_least(option, number, 1)
     check_sites(sites)
+    given = {"--splits": splits, "--every": every, "--shape": shape, "--score-from": score_from}
+    unused = [option for option, value in {**given, "--score-steps": score_steps}.items() if value]
+    if overparam is None and unused:
+        raise UsageError(f"{unused[0]} without --overparam", hint="add --overparam static, dynamic or svd")
     splits = min(2, top_n) if splits is None else splits
     if splits > top_n:
         raise UsageError(f"--splits {splits}: more portions than --top-n {top_n}", hint="choose --splits 1 to --top-n")
