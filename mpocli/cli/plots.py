@@ -20,7 +20,7 @@ def check(path: Path) -> None:
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--plot {path}: draws {', '.join(_FORMATS)}", hint=f"name it {path.stem or 'plot'}.svg")
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib", hint="pip install 'mpocli[plot]'")
+        raise UsageError("--plot needs matplotlib", hint="pip install matplotlib")
     if path.is_dir():
         raise InputError(f"--plot {path}: is a directory", hint="name a file")
     if not path.parent.is_dir():
