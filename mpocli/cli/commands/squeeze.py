@@ -277,7 +277,7 @@ def _show(report: SqueezeReport) -> None:
     table.add_row("weight files", render.size(before.bytes), render.size(after.bytes))
     render.show(table)
     if report.rounds and report.kept_round == 0:
-        render.err.print("the first round was outside --max-drop: nothing was squeezed", style="yellow")
+        render.err.print("no round was inside --max-drop: nothing was squeezed", style="yellow")
     elif report.rounds:
         render.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
     if report.resumed_from:
