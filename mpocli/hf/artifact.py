@@ -17,7 +17,8 @@ from mpocli.hf.hub import Source, resolve
 from mpocli.hf.skeleton import load_config
 from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256, read_json
-from mpocli.io.manifest import MANIFEST, QUANT_METHOD, Manifest, Totals, read_manifest
+from mpocli.io.encoding import Encoding
+from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
 from mpocli.mpo.linalg import dtype_name
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Checkpoint:
         source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
         config_json = read_json(source.directory / "config.json")
         manifest = read_manifest(source.directory, config_json)
-        reader = CheckpointReader(source.directory)
+        reader = CheckpointReader(source.directory, manifest.encodings if manifest else None)
         if manifest is not None and _rewritten(manifest, reader):
             manifest = manifest.without_measurements()
         return cls(source, config_json, reader, manifest, trust_remote_code)
@@ -76,6 +77,11 @@ class Checkpoint:
     @property
     def is_mpo(self) -> bool:
         return self.manifest is not None and bool(self.manifest.modules)
+
+    @property
+    def encodings(self) -> dict[str, Encoding]:
+        """Of the tensors that are stored as a bitmask."""
+        return self.manifest.encodings if self.manifest else {}
 
     def totals(self, params: int | None = None, size: int | None = None, dtype: str | None = None) -> Totals:
         """Of this checkpoint, or of one made from it with other parameters, bytes or dtype."""
@@ -169,7 +175,7 @@ def write_surroundings(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if manifest.modules:
+    if manifest.needs_plugin:
         config["quantization_config"] = manifest.quantization_config()
     _write_json(work / "config.json", config)
     class_name = "AutoModel" if "auto_map" in config else _architecture(config)
@@ -207,6 +213,7 @@ def write_trained(
     manifest = Manifest(
         base_model=source.base_model(),
         modules=tuple(replace(entry, role=roles.get(entry.name), dtype=dtype_name(stored)) for entry in modules),
+        encodings=saved.encodings,
         totals=saved.totals(),
         history=source.history(command, options, seed, metrics, more),
     )
@@ -263,10 +270,12 @@ def model_card(manifest: Manifest, license_name: str | None = None, class_name: 
     totals = manifest.totals
     hub_id = manifest.base_model.get("revision") is not None
     front = ["---", "library_name: transformers"]
-    front += ["tags:", "- mpo", "- tensor-network", "- mpocli"] if manifest.modules else []
+    tags = [*(["mpo", "tensor-network"] if manifest.modules else []), *(["sparse"] if manifest.encodings else [])]
+    front += ["tags:", *(f"- {tag}" for tag in (*tags, "mpocli"))] if tags else []
     front += [f"base_model: {base}"] if hub_id else []
     front += [f"license: {license_name}"] if license_name else []
-    lines = [*front, "---", "", f"# {base}, as matrix product operators" if manifest.modules else f"# {base}", ""]
+    what = ", as matrix product operators" if manifest.modules else ", sparse" if manifest.encodings else ""
+    lines = [*front, "---", "", f"# {base}{what}", ""]
     if totals is not None:
         lines += [
             "| | this checkpoint | dense |",
@@ -275,10 +284,14 @@ def model_card(manifest: Manifest, license_name: str | None = None, class_name: 
             f"| bytes of weights | {totals.bytes:,} | {totals.dense_bytes:,} |",
             "",
         ]
+    said = []
     if manifest.modules:
+        said.append(f"{len(manifest.modules)} modules hold their weight as a chain of small tensors.")
+    if manifest.encodings:
+        said.append(f"{len(manifest.encodings)} tensors are stored as a bitmask and the values it keeps.")
+    if said:
         lines += [
-            f"{len(manifest.modules)} modules hold their weight as a chain of small tensors "
-            f"({QUANT_METHOD}.json has every shape and error). Load it with",
+            f"{' '.join(said)} {MANIFEST} has every shape. Load it with",
             "",
             "```python",
             "import mpocli  # registers the loader; pip install mpocli",

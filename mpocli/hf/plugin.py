@@ -1,4 +1,4 @@
-"""The loader that `import mpocli` registers with transformers: `from_pretrained` and `save_pretrained` for MPOs."""
+"""The loader that `import mpocli` registers with transformers: `from_pretrained` and `save_pretrained` of its files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import install, local_name, remove
+from mpocli.hf.sparse import packed_state, reserve, unpack
+from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
 from mpocli.nn import TOMBSTONE, MPOModule
 
@@ -34,14 +36,25 @@ class _Patterns(set[str]):
 
 @register_quantization_config(QUANT_METHOD)
 class MPOConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of an MPO checkpoint: the structure of every decomposed module, by name."""
+    """`quantization_config` of a checkpoint: the structure of every decomposed module, and of every sparse tensor."""
 
     def __init__(
-        self, modules: dict[str, Any] | None = None, schema_version: int = SCHEMA_VERSION, **_unused: Any
+        self,
+        modules: dict[str, Any] | None = None,
+        schema_version: int = SCHEMA_VERSION,
+        encodings: dict[str, Any] | None = None,
+        **_unused: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.schema_version = schema_version
         self.modules = modules or {}
+        self.encodings = encodings or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = super().to_dict()
+        if not self.encodings:
+            del data["encodings"]
+        return data
 
 
 @register_quantizer(QUANT_METHOD)
@@ -79,6 +92,8 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         specs = install(model, specs, dtype, has_own=lambda name: bool(own & _spellings(model, name)))
         # A head that this class lacks must not be promised by what it saves.
         config.modules = {name: spec.to_dict() for name, spec in specs.items()}
+        encodings = reserve(model, encodings_from(config.encodings), stored)
+        config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
         # Tombstones of tied heads need not be stored; the signpost is never loaded.
         missing = [rf"^{re.escape(name)}\.{TOMBSTONE}$" for name, spec in specs.items() if spec.tied_to]
         unexpected = [rf"{re.escape(SIGNPOST)}$"]
@@ -88,6 +103,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        unpack(model, encodings_from(self.quantization_config.encodings))
         for name, module in model.named_modules():
             if not isinstance(module, MPOModule):
                 continue
@@ -104,18 +120,20 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict to save: shared cores once, and the signpost."""
+        """The state dict to save: shared cores once, sparse tensors packed, and the signpost."""
         state = dict(model.state_dict())
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, MPOModule) and module.tied_to is not None:
                 for k in range(module.sites.sites):
                     state.pop(f"{name}.core_{k}", None)
-        if any(isinstance(module, MPOModule) for module in model.modules()):
+        state = packed_state(model, state, self.quantization_config.encodings)
+        if self.quantization_config.encodings or any(isinstance(module, MPOModule) for module in model.modules()):
             state[SIGNPOST] = torch.zeros(1)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         remove(model, dtype)
+        self.quantization_config.encodings = {}
         return model
 
 

@@ -188,7 +188,7 @@ def remove(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         dense.weight = nn.Parameter(cast(Any, module).dense_weight().to(dtype or module.cores[0].dtype))
         dense.train(module.training)
         model.set_submodule(name, dense)
-    del model._adjust_bias  # back to the class's own
+    model.__dict__.pop("_adjust_bias", None)  # back to the class's own
     model.all_tied_weights_keys = live
     model.tie_weights(recompute_mapping=False)
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpocli.errors import InputError
+from mpocli.io.encoding import Encodings, encoded_names, encoding_of, part_names
+from mpocli.sparse.bits import unpack_sparse
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -70,11 +72,12 @@ class TensorSpec:
 class CheckpointReader:
     """The tensors of a model directory. Opens every file's header at once, and the data only on `read`.
 
-    Raises `InputError` for a directory without safetensors weights (pickles are never opened), for a file that
-    is truncated or corrupt, and for an index that names what is not there.
+    Those that `encodings` (the manifest's) describe appear as the dense tensors they stand for. Raises `InputError`
+    for a directory without safetensors weights (pickles are never opened), for a file that is truncated or corrupt,
+    for an index that names what is not there, and where the files and the encodings do not go together.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, encodings: Encodings | None = None) -> None:
         self.directory = directory
         self.files = _weight_files(directory)
         self.specs: dict[str, TensorSpec] = {}
@@ -100,12 +103,42 @@ class CheckpointReader:
                 ) from error
 
         self._check_index()
+        self.encoded: dict[str, str] = {}
+        self.kept_values: dict[str, int] = {}
+        self._show_encoded(encodings or {})
+
+    def _show_encoded(self, encodings: Encodings) -> None:
+        """Put a dense spec in the place of bitmask and values. `encoded` has its entry in `encodings` by stored name,
+        `kept_values` how many entries are stored."""
+        for name in sorted(encoded_names(self.specs)):
+            entry = encoding_of(encodings, name)
+            if entry is None:
+                raise InputError(
+                    f"{self.directory}: {name} is stored as a bitmask, and config.json has no encoding for it",
+                    hint="restore config.json from the directory that mpocli wrote",
+                )
+            bits, values = (self.specs.pop(part) for part in part_names(name))
+            shape = encodings[entry].shape
+            dense = TensorSpec(name, values.dtype, shape)
+            if bits.dtype != torch.uint8 or bits.numel != -(-dense.numel // 8) or len(values.shape) != 1:
+                raise InputError(
+                    f"{self.directory}: the bitmask of {name} has {bits.numel} bytes, shape "
+                    f"{'x'.join(map(str, shape))} needs {-(-dense.numel // 8)}",
+                    hint="config.json and the weights belong to different checkpoints",
+                )
+            self.specs[name], self.encoded[name], self.kept_values[name] = dense, entry, values.numel
+        absent = sorted(set(encodings) - set(self.encoded.values()))
+        if absent:
+            raise InputError(
+                f"{self.directory}: {absent[0]} is encoded, says config.json, and the files lack its bitmask or values",
+                hint="the weight files are incomplete or belong to another checkpoint",
+            )
 
     def _check_index(self) -> None:
         index = self.directory / WEIGHTS_INDEX
         if len(self.files) == 1 and self.files[0].name == WEIGHTS:
             return
-        absent = [name for name in read_json(index)["weight_map"] if name not in self.specs]
+        absent = [name for name in read_json(index)["weight_map"] if name not in self._handles]
         if absent:
             raise InputError(
                 f"{index}: names tensor {absent[0]}, which no shard holds ({len(absent)} such)",
@@ -119,7 +152,18 @@ class CheckpointReader:
         return iter(self.specs)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in memory of its own; an encoded one as the dense tensor, bit for bit."""
+        if name in self.encoded:
+            bits, values = (self._stored(part) for part in part_names(name))
+            try:
+                return unpack_sparse(bits, values, self.specs[name].shape)
+            except InputError as error:
+                raise InputError(
+                    f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
+                ) from error
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         try:
             tensor: Tensor = self._handles[name].get_tensor(name)
         except (SafetensorError, OSError) as error:

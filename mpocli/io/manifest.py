@@ -10,6 +10,7 @@ from typing import Any
 
 from mpocli.errors import InputError
 from mpocli.io.checkpoint import read_json
+from mpocli.io.encoding import BITMASK, Encoding, encodings_from
 from mpocli.mpo.shape import SiteShape
 
 MANIFEST = "mpo.json"
@@ -154,7 +155,7 @@ class ModuleEntry:
         tensors = dict(data["tensors"])
         dtypes = sorted({str(entry["dtype"]) for entry in tensors.values()})
         encodings = {str(entry["encoding"]) for entry in tensors.values()}
-        if not encodings <= {"dense"}:
+        if not encodings <= {"dense", BITMASK}:
             raise InputError(
                 f"{MANIFEST}: module {name} stores cores as {sorted(encodings)}, which this mpocli does not read",
                 hint="update mpocli",
@@ -194,10 +195,14 @@ class Totals:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything `mpo.json` says. No clock, host name or absolute path: equal runs give equal bytes."""
+    """Everything `mpo.json` says. No clock, host name or absolute path: equal runs give equal bytes.
+
+    `encodings` are the tensors (dense weights, cores) that the files do not hold as they are, by name.
+    """
 
     base_model: dict[str, Any] = field(default_factory=dict)
     modules: tuple[ModuleEntry, ...] = ()
+    encodings: dict[str, Encoding] = field(default_factory=dict)
     totals: Totals | None = None
     history: tuple[dict[str, Any], ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -221,19 +226,35 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "base_model": self.base_model,
             "totals": asdict(self.totals) if self.totals else None,
-            "modules": [entry.to_dict() for entry in self.modules],
+            "modules": [self._module(entry) for entry in self.modules],
+            "encodings": {name: entry.to_dict() for name, entry in sorted(self.encodings.items())},
             "history": list(self.history),
             "files": dict(sorted(self.files.items())),
         }
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
+    def _module(self, entry: ModuleEntry) -> dict[str, Any]:
+        data = entry.to_dict()
+        for core, described in data["tensors"].items():
+            if f"{entry.name}.{core}" in self.encodings:
+                described["encoding"] = BITMASK
+        return data
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether transformers alone cannot load the files."""
+        return bool(self.modules or self.encodings)
+
     def quantization_config(self) -> dict[str, Any]:
         """The part for `config.json`: enough to load."""
-        return {
+        data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "schema_version": SCHEMA_VERSION,
             "modules": {entry.name: entry.spec.to_dict() for entry in self.modules},
         }
+        if self.encodings:
+            data["encodings"] = {name: entry.to_dict() for name, entry in sorted(self.encodings.items())}
+        return data
 
 
 def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
@@ -274,13 +295,16 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise InputError(f"{directory / 'config.json'}: its quantization_config is no JSON object", hint=_RESTORE)
-    described = specs_from_config(quantization) if quantization.get("quant_method") == QUANT_METHOD else None
+    ours = quantization.get("quant_method") == QUANT_METHOD
+    described = specs_from_config(quantization) if ours else None
+    encodings = encodings_from(quantization.get("encodings") or {}) if ours else {}
     path = directory / MANIFEST
     if not path.is_file():
         if described is None:
             return None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        return Manifest(modules=tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items()))
+        entries = tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items())
+        return Manifest(modules=entries, encodings=encodings)
     data = read_json(path)
     check_schema(MANIFEST, data.get("schema_version"))
     if data.get("format") != FORMAT:
@@ -290,6 +314,7 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         manifest = Manifest(
             base_model={str(key): value and str(value) for key, value in dict(data.get("base_model") or {}).items()},
             modules=tuple(ModuleEntry.from_dict(entry) for entry in data.get("modules") or ()),
+            encodings=encodings_from(data.get("encodings") or {}),
             totals=totals,
             history=tuple(
                 {**entry, "command": str(entry["command"]), "options": dict(entry["options"])}
@@ -304,13 +329,19 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         raise
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: malformed ({error!r})", hint=_RESTORE) from error
-    if described is None and not manifest.modules:
+    if described is None and not manifest.needs_plugin:
         return manifest
     recorded = {entry.name: entry.spec for entry in manifest.modules}
     for name in sorted(recorded.keys() | (described or {}).keys()):
         if recorded.get(name) != (described or {}).get(name):
             raise InputError(
                 f"{directory}: {MANIFEST} and config.json disagree about module {name}",
+                hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
+            )
+    for name in sorted(manifest.encodings.keys() | encodings.keys()):
+        if manifest.encodings.get(name) != encodings.get(name):
+            raise InputError(
+                f"{directory}: {MANIFEST} and config.json disagree about how {name} is stored",
                 hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
             )
     return manifest

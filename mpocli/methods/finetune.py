@@ -191,7 +191,7 @@ def run(
                 callbacks=callbacks,
                 distillation=distillation,
                 next_token=data.family == "causal",
-                at_mpo_lr=raised,
+                rates=raised,
             )
             train_segment(trainer, done)
         step_seconds = time.perf_counter() - trained_from
@@ -250,12 +250,14 @@ def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str)
         raise UsageError("--select best with --overparam: shapes change in between", hint="leave one of them out")
 
 
-def _raised(student: Any, checkpoint: Checkpoint, config: FinetuneConfig) -> tuple[str, ...]:
+def _raised(student: Any, checkpoint: Checkpoint, config: FinetuneConfig) -> dict[str, float]:
     """The dense matrices that train at `mpo_lr`, as if they were cores."""
     if not config.raise_layers:
-        return ()
+        return {}
+    chosen = config.optimisation
+    rate = chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr
     groups = overparam.candidates(student, roles_of(student, checkpoint), config.raise_layers)
-    return tuple(f"{name}.weight" for members in groups.values() for name in members)
+    return {f"{name}.weight": rate for members in groups.values() for name in members}
 
 
 def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Schedule, int]:

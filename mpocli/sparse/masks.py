@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def rowwise_mask(scores: Tensor, sparsity: float) -> Tensor:
     """Prune the smallest entries of every row, ⌊n·s⌋ in the whole (O, I) matrix, spread as evenly as they can be."""
     rows, columns = scores.shape
     shares = [zeros_in(columns * row, sparsity) for row in range(rows + 1)]
-    counts = torch.tensor([b - a for a, b in zip(shares, shares[1:], strict=False)], device=scores.device)
+    counts = torch.tensor([b - a for a, b in pairwise(shares)], device=scores.device)
     order = torch.argsort(scores, dim=1, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(columns, device=scores.device).expand_as(order))
     return ranks >= counts[:, None]

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     `next_token` says that labels are shifted in the model's loss: those of a causal language model. `place` is given
     where this is one of many segments, and `moments` are the optimiser's state by parameter name to begin with.
-    Without `checkpoints` nothing is saved along the way; `raw` ones hold the parameters by name and no model that
-    could be loaded.
+    Without `checkpoints` nothing is saved along the way; `raw` ones hold the tensors by name and no model that could be
+    loaded. `rates` are learning rates of parameters that have their own, by name.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         moments: Moments | None = None,
         checkpoints: bool = True,
         raw: bool = False,
-        at_mpo_lr: Sequence[str] = (),
+        rates: Mapping[str, float] | None = None,
     ) -> None:
-        self.at_mpo_lr = at_mpo_lr
+        self.rates = rates
         self.raw = raw
         self.next_token = next_token
         self.moments = moments
@@ -148,9 +148,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         chosen = self.optimisation
         mpo_lr = chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr
-        groups = parameter_groups(
-            self.model, chosen.lr, mpo_lr, chosen.weight_decay, at_mpo_lr=frozenset(self.at_mpo_lr)
-        )
+        groups = parameter_groups(self.model, chosen.lr, mpo_lr, chosen.weight_decay, rates=self.rates)
         self.optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
         if self.moments:
             put_moments(self.model, self.optimizer, self.moments)
@@ -196,15 +194,15 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
             return
         place = Path(output_dir or str(self.args.output_dir))
         place.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}, place / _RAW)
+        save_file({name: p.detach().cpu().contiguous() for name, p in _tensors(self.model)}, place / _RAW)
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Through `from_pretrained`: a plain state dict lacks what transformers renames or fuses in saving."""
         if self.raw:
             weights = load_file(Path(resume_from_checkpoint) / _RAW)
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
+            for name, tensor in _tensors(self.model):
+                tensor.copy_(weights[name])
             return
         saved, report = type(self.model).from_pretrained(
             resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
@@ -223,6 +221,13 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
                     f"{name} is not finite after step {self.state.global_step}", hint="lower --lr or --mpo-lr"
                 )
         super()._save_checkpoint(*args, **kwargs)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, shared ones once, and the buffers that belong to a model's state."""
+    yield from model.named_parameters()
+    stored = set(model.state_dict())
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
 def _arguments(
@@ -343,7 +348,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            keys = ("loss", "learning_rate", "grad_norm", *(() if self.first else ("epoch",)))
+            keys = ("loss", "learning_rate", "grad_norm", "sparsity", *(() if self.first else ("epoch",)))
             line = {"step": self.first + state.global_step, **{key: _plain(logs[key]) for key in keys if key in logs}}
             with self.path.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")

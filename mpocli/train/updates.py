@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -43,23 +43,26 @@ def set_recompute(model: nn.Module, recompute: bool) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, mpo_lr: float, weight_decay: float, *, at_mpo_lr: Collection[str] = ()
+    model: nn.Module, lr: float, mpo_lr: float, weight_decay: float, *, rates: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """Optimiser groups of all trained parameters, each in exactly one: cores and others, decayed and not.
 
-    Vectors (biases, norms) are not decayed. `at_mpo_lr` names dense parameters that take the cores' rate. Empty
+    Vectors (biases, norms) are not decayed. `rates` are those of parameters that have one of their own, by name. Empty
     groups are left out; `name` is for logs.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    own = rates or {}
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter, role in roles(model):
         if parameter.requires_grad:
-            groups.setdefault((role != "other" or name in at_mpo_lr, parameter.dim() > 1), []).append(parameter)
+            kind = "own rate" if name in own else "dense" if role == "other" else "cores"
+            rate = own.get(name, lr if role == "other" else mpo_lr)
+            groups.setdefault((kind, rate, parameter.dim() > 1), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": mpo_lr if is_core else lr,
+            "lr": rate,
             "weight_decay": weight_decay if decayed else 0.0,
-            "name": f"{'cores' if is_core else 'dense'}{'' if decayed else ', no decay'}",
+            "name": f"{kind}{'' if decayed else ', no decay'}",
         }
-        for (is_core, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (kind, rate, decayed), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]

@@ -1,0 +1,149 @@
+"""Sparse tensors of a transformers model: packed in the files, dense with zeros in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mpocli.errors import InputError
+from mpocli.hf.replace import local_name
+from mpocli.io.encoding import Encoding, Encodings, encode, encoding_of, part_names
+from mpocli.sparse.bits import unpack_sparse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_INCOMPLETE = "the weight files are incomplete or belong to another checkpoint"
+
+
+def reserve(model: PreTrainedModel, encodings: Encodings, stored: Mapping[str, list[int]]) -> dict[str, Encoding]:
+    """Put a bitmask and values in the place of every tensor that is stored so, sized as in the files (`stored`).
+
+    Modules that this class lacks (a head, say) are passed over. Returns the encodings of the others, by their names in
+    this class. Raises `InputError` where the model's tensor has another shape.
+    """
+    by_entry: dict[str, str] = {}
+    for key in stored:
+        if key.endswith("_bitmask"):
+            name = key.removesuffix("_bitmask")
+            by_entry[encoding_of(encodings, name) or name] = name
+    local: dict[str, Encoding] = {}
+    for name, encoding in encodings.items():
+        owner, _, leaf = name.rpartition(".")
+        place = local_name(model, owner)
+        if place is None:
+            continue
+        module = model.get_submodule(place)
+        tensor = getattr(module, leaf, None)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != encoding.shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise InputError(
+                f"{name} is {found} in a {type(model).__name__}, its encoding says {encoding.shape}",
+                hint="config.json was edited, or the model class changed",
+            )
+        if name not in by_entry:
+            raise InputError(f"{name} is encoded and the files lack its bitmask", hint=_INCOMPLETE)
+        bits, values = part_names(by_entry[name])
+        del module._parameters[leaf]
+        if leaf == "weight":  # its tombstone
+            module.register_buffer(leaf, torch.zeros(1, dtype=tensor.dtype, device=tensor.device))
+        for part, key in ((f"{leaf}_bitmask", bits), (f"{leaf}_values", values)):
+            if key not in stored:
+                raise InputError(f"{key} is not in the files", hint=_INCOMPLETE)
+            integer = part.endswith("_bitmask")
+            dtype = torch.uint8 if integer else tensor.dtype
+            empty = torch.empty(stored[key], dtype=dtype, device=tensor.device)
+            if integer:
+                module.register_buffer(part, empty)
+            else:
+                module.register_parameter(part, nn.Parameter(empty))
+        local[f"{place}.{leaf}"] = encoding
+    return local
+
+
+@torch.no_grad()
+def unpack(model: PreTrainedModel, encodings: Encodings) -> None:
+    """Make the dense tensors out of what was loaded. Raises `InputError` where it is missing or contradictory."""
+    for name, encoding in encodings.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        bits, values = (getattr(module, part) for part in part_names(leaf))
+        for part, tensor in zip(part_names(name), (bits, values), strict=True):
+            # transformers fills what the files lack with uninitialised memory, and marks what it loaded.
+            if tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
+                raise InputError(
+                    f"{part} was not loaded: the files lack it, or it was sent to disk",
+                    hint=f"{_INCOMPLETE}; sparse tensors cannot be offloaded",
+                )
+        try:
+            dense = unpack_sparse(bits, values.detach(), encoding.shape)
+        except InputError as error:
+            raise InputError(f"{name}: {error.message}", hint=_INCOMPLETE) from error
+        for part in part_names(leaf):
+            delattr(module, part)
+        if leaf in module._buffers:
+            delattr(module, leaf)
+        parameter = nn.Parameter(dense)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(module, leaf, parameter)
+
+
+def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Iterable[str]) -> dict[str, Any]:
+    """A state dict with bitmask and values in the place of the tensors that `encodings` names."""
+    names = set(encodings)
+    packed: dict[str, Any] = {}
+    for name, tensor in state.items():
+        packed |= encode(name, tensor) if name in names else {name: tensor}
+    return packed
+
+
+def set_encodings(model: PreTrainedModel, encodings: Encodings) -> None:
+    """Say how a loaded model's tensors are to be stored: plain `save_pretrained` then packs them."""
+    from mpocli.hf.plugin import MPOConfig, MPOQuantizer
+
+    config: Any = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, MPOConfig):
+        config = MPOConfig()
+    config.encodings = {name: encoding.to_dict() for name, encoding in sorted(encodings.items())}
+    anything: Any = model
+    if config.modules or config.encodings:
+        model.config.quantization_config = config
+        anything.hf_quantizer = MPOQuantizer(config)
+        anything.is_quantized = True
+        anything.quantization_method = config.quant_method
+    elif getattr(anything, "hf_quantizer", None) is not None:
+        del model.config.quantization_config
+        anything.hf_quantizer, anything.is_quantized = None, False
+
+
+def sparse_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The tensors of a loaded model that its files hold as bitmask and values, by name."""
+    config = getattr(model.config, "quantization_config", None)
+    names = getattr(config, "encodings", None) or {}
+    return {name: model.get_parameter(name) for name in names}
+
+
+def keep_zeros(model: PreTrainedModel) -> int:
+    """Let training leave the zeros of sparse tensors zero: their gradients are masked. Returns how many tensors.
+
+    AdamW then never moves them: without a gradient its moments stay zero, and decay scales zero.
+    """
+    found = sparse_parameters(model)
+    for parameter in found.values():
+        if parameter.requires_grad:
+            parameter.register_hook(_Masked(parameter.detach() != 0))
+    return len(found)
+
+
+class _Masked:
+    """A gradient where the mask is, zero elsewhere."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self.mask = self.mask.to(gradient.device)
+        return gradient * self.mask

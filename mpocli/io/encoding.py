@@ -1,0 +1,104 @@
+"""Tensors that are stored as a bitmask and the values it keeps: what describes them, and what their parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mpocli.errors import InputError
+from mpocli.sparse.bits import pack_sparse
+
+BITMASK = "bitmask"
+_BITS, _VALUES = "_bitmask", "_values"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Of one tensor: its dense shape, and the pattern that its zeros follow (`unstructured`, 2:4 …)."""
+
+    shape: tuple[int, ...]
+    pattern: str = "unstructured"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"encoding": BITMASK, "shape": list(self.shape), "pattern": self.pattern}
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> Encoding:
+        """Raises `InputError` for an encoding that this mpocli does not know."""
+        try:
+            kind, shape = str(data["encoding"]), tuple(map(int, data["shape"]))
+            pattern = str(data.get("pattern", "unstructured"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"tensor {name}: its encoding is malformed ({error!r})", hint="restore config.json and mpo.json"
+            ) from error
+        if kind != BITMASK or not shape or min(shape) < 1:
+            raise InputError(
+                f"tensor {name}: stored as {kind!r} of shape {list(shape)}, which this mpocli does not read",
+                hint="update mpocli",
+            )
+        return cls(shape, pattern)
+
+
+Encodings = Mapping[str, Encoding]
+
+
+def encodings_from(data: object) -> dict[str, Encoding]:
+    """`encodings` of a `quantization_config` or manifest; `InputError` where they cannot be read."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"the encodings are a {type(data).__name__}, a JSON object was expected")
+    return {str(name): Encoding.from_dict(str(name), entry) for name, entry in data.items()}
+
+
+def part_names(name: str) -> tuple[str, str]:
+    """What a tensor's bitmask and values are called in the files.
+
+    >>> part_names("layer.weight")
+    ('layer.weight_bitmask', 'layer.weight_values')
+    """
+    return name + _BITS, name + _VALUES
+
+
+def encoded_names(stored: Iterable[str]) -> set[str]:
+    """The tensors that the files hold as a bitmask and values."""
+    names = set(stored)
+    return {name.removesuffix(_BITS) for name in names if name.endswith(_BITS) and _value_name(name) in names}
+
+
+def _value_name(bits: str) -> str:
+    return bits.removesuffix(_BITS) + _VALUES
+
+
+def encoding_of(encodings: Encodings, stored: str) -> str | None:
+    """The entry of a tensor in the files, which may be called by a shorter or longer path there; None for none."""
+    if stored in encodings:
+        return stored
+    found = [name for name in encodings if name.endswith(f".{stored}") or stored.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+class Adds(Protocol):
+    def add(self, name: str, tensor: Tensor) -> None: ...
+
+
+def add_encoded(sink: Adds, name: str, tensor: Tensor) -> None:
+    """Write a tensor as bitmask and values.
+
+    A dense weight leaves one zero under its own name: a loader that does not know the encoding then stops at its
+    shape. A core needs none, its module has one already.
+    """
+    for part, stored in encode(name, tensor).items():
+        sink.add(part, stored)
+
+
+def encode(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that stand for one in the files."""
+    bits, values = pack_sparse(tensor)
+    parts = dict(zip(part_names(name), (bits, values), strict=True))
+    if name.rpartition(".")[2] == "weight":
+        parts[name] = torch.zeros(1, dtype=tensor.dtype)
+    return parts

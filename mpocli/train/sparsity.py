@@ -1,0 +1,78 @@
+"""Sparse training of a loaded model: masks put on, driven by the schedule, and folded in at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from mpocli.nn.masked import Layout, MaskedWeight, MaskGroup, Scoring, fold_mask, holder, mask_weight
+from mpocli.sparse import CubicSchedule, Pattern
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor that gets a mask: module, its leaf, and how it is read as a matrix."""
+
+    module: str
+    leaf: str
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.leaf}"
+
+
+def put_masks(
+    model: nn.Module, places: Sequence[Place], scoring: Scoring, pattern: Pattern, *, together: bool, seed: int
+) -> dict[str, MaskedWeight]:
+    """Mask every place, under one threshold for all where `together`. By the tensors' names.
+
+    Random starts are drawn by the seed and the place's number.
+    """
+    masked = {}
+    for number, place in enumerate(places):
+        module = model.get_submodule(place.module)
+        own_seed = seed * 1_000_003 + number
+        masked[place.name] = mask_weight(module, place.leaf, place.layout, scoring, pattern, seed=own_seed)
+    if together:
+        owners = [holder(model.get_submodule(place.module), place.leaf) for place in places]
+        MaskGroup(list(zip(masked.values(), owners, strict=True)))
+    return masked
+
+
+def train_only(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze everything but these parameters: what no optimiser holds must not collect gradients either."""
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+
+
+def fold_masks(model: nn.Module, places: Sequence[Place]) -> None:
+    """Make all masked weights the weights themselves."""
+    for place in places:
+        fold_mask(model.get_submodule(place.module), place.leaf)
+
+
+class SparsitySteps(TrainerCallback):  # type: ignore[misc]
+    """Sets the sparsity of all masks after every step, and before the first."""
+
+    def __init__(self, masked: Mapping[str, MaskedWeight], schedule: CubicSchedule) -> None:
+        self.masked, self.schedule = masked, schedule
+
+    def _set(self, step: int) -> None:
+        for masked in self.masked.values():
+            masked.step(self.schedule.at(step))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._set(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._set(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is not None and "loss" in logs:
+            logs["sparsity"] = self.schedule.at(state.global_step)
