@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpocli.train.segment import Optimisation
 
 HOW = "How to train"
+TEACHER = "Distillation"
 
 Update = Annotated[
     str | None,
@@ -36,6 +37,26 @@ WeightDecay = Annotated[
     float, typer.Option("--weight-decay", metavar="X", help="AdamW's, of matrices.", rich_help_panel=HOW)
 ]
 Clip = Annotated[float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW)]
+Epochs = Annotated[float, typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW)]
+StepCount = Annotated[
+    int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW)
+]
+Warmup = Annotated[float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW)]
+SaveSteps = Annotated[
+    int | None,
+    typer.Option("--save-steps", metavar="N", help="Steps per checkpoint. Default: a tenth of all, at least 100."),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="MODEL", help="Of the same task, to learn from.", rich_help_panel=TEACHER),
+]
+DistillWeight = Annotated[
+    float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER)
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER)
+]
+DistillHidden = Annotated[bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER)]
 RandomBatches = Annotated[
     bool, typer.Option("--random-batches", help="Do not keep similar lengths together.", rich_help_panel=HOW)
 ]
@@ -56,6 +77,25 @@ def check_share(option: str, share: float) -> None:
     """`UsageError` for a number outside [0, 1]."""
     if not 0 <= share <= 1:
         raise UsageError(f"{option} {share}: must lie between 0 and 1", hint="it is a share")
+
+
+def check_length(epochs: float, steps: int | None, save_steps: int | None) -> None:
+    """`UsageError` for a run that has no steps."""
+    for option, number in (("--steps", steps), ("--save-steps", save_steps)):
+        at_least(option, number, 1)
+    check_positive("--epochs", epochs)
+
+
+def check_distillation(weight: float, temperature: float) -> None:
+    """`UsageError` for a share or temperature that cannot be meant."""
+    check_positive("--temperature", temperature)
+    check_share("--distill-weight", weight)
+
+
+def check_positive(option: str, value: float | None) -> None:
+    """`UsageError` for zero, less, infinity and NaN."""
+    if value is not None and not 0 < value < float("inf"):
+        raise UsageError(f"{option} {value}: must be above 0", hint=f"choose a positive {option}")
 
 
 def optimisation(
@@ -82,8 +122,7 @@ def optimisation(
     for option, value in (("--batch-size", batch_size), ("--accumulation", accumulation), ("--log-steps", log_steps)):
         at_least(option, value, 1)
     for option, rate in (("--lr", lr), ("--mpo-lr", mpo_lr)):
-        if rate is not None and not 0 < rate < float("inf"):
-            raise UsageError(f"{option} {rate}: must be above 0", hint=f"choose a positive {option}")
+        check_positive(option, rate)
     check_share("--warmup", warmup)
     if not 0 <= weight_decay < float("inf") or not 0 < clip < float("inf"):
         raise UsageError(

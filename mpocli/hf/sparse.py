@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import local_name
-from mpocli.io.encoding import Encoding, Encodings, encode, encoding_of, part_names
+from mpocli.io.encoding import Encoding, Encodings, encode, encoding_of, encodings_from, part_names
 from mpocli.sparse.bits import unpack_sparse
 
 if TYPE_CHECKING:
@@ -119,11 +119,15 @@ def set_encodings(model: PreTrainedModel, encodings: Encodings) -> None:
         anything.hf_quantizer, anything.is_quantized = None, False
 
 
+def sparse_encodings(model: PreTrainedModel) -> dict[str, Encoding]:
+    """Of a loaded model's tensors, by name."""
+    config = getattr(model.config, "quantization_config", None)
+    return encodings_from(getattr(config, "encodings", None) or {})
+
+
 def sparse_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The tensors of a loaded model that its files hold as bitmask and values, by name."""
-    config = getattr(model.config, "quantization_config", None)
-    names = getattr(config, "encodings", None) or {}
-    return {name: model.get_parameter(name) for name in names}
+    return {name: model.get_parameter(name) for name in sparse_encodings(model)}
 
 
 def keep_zeros(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Tensors that are stored as a bitmask and the values it keeps: what describes them, and what their parts are called."""
+"""Tensors stored as a bitmask and the values it keeps: what describes them, and what their parts are called."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.sparse_paths import PathChoice, PathReport, choose_paths
 from mpocli.io.manifest import Totals
 from mpocli.methods.device import device_of
 from mpocli.methods.memory import peak_memory, reset_peak_memory
@@ -52,12 +53,14 @@ class Arm:
     metrics: dict[str, float]
     totals: Totals
     speed: Speed | None
+    paths: tuple[PathReport, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalReport:
     """`agreement` with the baseline: the share of equal labels (of equal likeliest tokens, for a language model), and
-    KL(baseline ‖ model) in nats per prediction; for scores their correlation and mean absolute difference."""
+    KL(baseline ‖ model) in nats per prediction; for scores their correlation and mean absolute difference. `paths`
+    tells of the linear layers that are mostly zeros whether a sparse kernel computed them."""
 
     model: str
     task: str | None
@@ -69,6 +72,7 @@ class EvalReport:
     agreement: dict[str, float] = field(default_factory=dict)
     truncated: int = 0
     seconds: float = 0.0
+    paths: tuple[PathReport, ...] = ()
 
 
 def run(
@@ -78,13 +82,15 @@ def run(
     baseline: str | None = None,
     predictions: Path | None = None,
     device: str = "auto",
+    path: PathChoice = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Evaluate a checkpoint; without `data` only sizes are told.
 
-    `predictions` is written as JSON lines, one a sample: text, prediction, label. Raises `InputError` for data or
+    `predictions` is written as JSON lines, one a sample: text, prediction, label. `path` chooses the kernels of layers
+    that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. Raises `InputError` for data or
     models that cannot be used, or that do not go together, and `NumericsError` for predictions that are not finite.
     """
     started = time.perf_counter()
@@ -97,12 +103,12 @@ def run(
     if predictions is not None:
         _check_writable(predictions, data.task)
     prepared = prepare(checkpoint, data)
-    own = _Measured(checkpoint, prepared, data, place, trust_remote_code)
+    own = _Measured(checkpoint, prepared, data, place, path, trust_remote_code)
     beside: _Measured | None = None
     if other is not None:
         prepared_other = prepare(other, data)
         _check_comparable(prepared, prepared_other, model, str(baseline))
-        beside = _Measured(other, prepared_other, data, place, trust_remote_code)
+        beside = _Measured(other, prepared_other, data, place, path, trust_remote_code)
         beside.measure(progress, "baseline")
     own.measure(progress, "eval")
     agreement = _agreement(own, beside) if beside else {}
@@ -115,10 +121,11 @@ def run(
         samples=sum(found.samples for found in prepared.eval),
         totals=checkpoint.totals(),
         speed=own.speed,
-        baseline=Arm(str(baseline), beside.metrics, beside.checkpoint.totals(), beside.speed) if beside else None,
+        baseline=beside.arm(str(baseline)) if beside else None,
         agreement=agreement,
         truncated=prepared.truncated.get("eval", 0),
         seconds=time.perf_counter() - started,
+        paths=own.paths,
     )
 
 
@@ -131,13 +138,15 @@ class _Measured:
         data: TaskData,
         options: DataOptions,
         device: torch.device,
+        path: PathChoice,
         trust_remote_code: bool,
     ) -> None:
         self.checkpoint, self.data, self.options, self.device = checkpoint, data, options, device
-        self.trust_remote_code = trust_remote_code
+        self.path, self.trust_remote_code = path, trust_remote_code
         self.runs: list[Run] = []
         self.metrics: dict[str, float] = {}
         self.speed: Speed | None = None
+        self.paths: tuple[PathReport, ...] = ()
 
     def load(self) -> Any:
         data = self.data
@@ -158,6 +167,8 @@ class _Measured:
     def measure(self, progress: Progress | None, what: str) -> None:
         reset_peak_memory(self.device)
         model = self.load()
+        rows = _rows_per_call(self.data, self.options.eval_batch_size)
+        self.paths = tuple(choose_paths(model, rows, precision=self.options.precision, path=self.path))
         for found in self.data.eval:
 
             def tell(done: int, total: int) -> None:
@@ -169,6 +180,19 @@ class _Measured:
         seconds = [value for run in self.runs for value in run.seconds]
         tokens = sum(size for run in self.runs for size in run.sizes)
         self.speed = Speed(statistics.median(seconds), tokens / sum(seconds), peak_memory(self.device))
+
+    def arm(self, name: str) -> Arm:
+        return Arm(name, self.metrics, self.checkpoint.totals(), self.speed, self.paths)
+
+
+def _rows_per_call(data: TaskData, batch_size: int) -> int:
+    """Rows that a linear layer is typically given: the tokens of a batch; where texts are written, one of each."""
+    texts = [
+        found.windows.ids if found.windows else [row["input_ids"] for row in found.features] for found in data.eval
+    ]
+    lengths = [len(ids) for found in texts for ids in found]
+    length = 1 if data.task.kind == "text2text" else statistics.median_low(lengths)
+    return min(batch_size, len(lengths)) * length
 
 
 def _check_comparable(a: TaskData, b: TaskData, model: str, baseline: str) -> None:

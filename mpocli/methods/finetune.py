@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 import time
@@ -19,17 +18,15 @@ from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
 from mpocli.methods.overparam import Overparam, OverparamReport
 from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
-from mpocli.methods.student import check_finite, count_trainable, load_student, roles_of, round_to
-from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
+from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of, round_to
+from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
+from mpocli.methods.teacher import distillation_of
 from mpocli.train.best import KeepBest
-from mpocli.train.distill import Distillation
-from mpocli.train.models import load_model
 from mpocli.train.processes import on_first, set_seed
 from mpocli.train.segment import (
     METRICS,
     MetricsFile,
     Optimisation,
-    Schedule,
     SegmentTrainer,
     Steps,
     last_checkpoint,
@@ -131,14 +128,14 @@ def run(
         raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
     done = last_checkpoint(training) if begun.goes_on else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
-    schedule, steps = _schedule(config, len(data.train), state.num_processes)
+    schedule, steps = learning_schedule(config, len(data.train), state.num_processes)
 
     set_seed(config.optimisation.seed)
     student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
     update = config.update or ("auxiliary" if checkpoint.is_mpo else "all")
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
-    distillation = _distillation(config, data, checkpoint)
+    teacher = distillation_of(config, data, checkpoint)
     raised = _raised(student, checkpoint, config)
     if config.overparam is not None:  # before the hours, not after
         overparam.check(student, checkpoint, config.overparam)
@@ -174,7 +171,7 @@ def run(
                 device=device,
                 writes=bool(state.is_main_process),
                 progress=progress,
-                distillation=distillation,
+                distillation=teacher,
                 trust_remote_code=config.trust_remote_code,
             )
             expanded = overparam.train(student, how, config.overparam, resume=begun.goes_on)
@@ -189,7 +186,7 @@ def run(
                 training,
                 device=device,
                 callbacks=callbacks,
-                distillation=distillation,
+                distillation=teacher,
                 next_token=data.family == "causal",
                 rates=raised,
             )
@@ -258,41 +255,6 @@ def _raised(student: Any, checkpoint: Checkpoint, config: FinetuneConfig) -> dic
     rate = chosen.lr if chosen.mpo_lr is None else chosen.mpo_lr
     groups = overparam.candidates(student, roles_of(student, checkpoint), config.raise_layers)
     return {f"{name}.weight": rate for members in groups.values() for name in members}
-
-
-def _schedule(config: FinetuneConfig, samples: int, processes: int) -> tuple[Schedule, int]:
-    chosen = config.optimisation
-    per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
-    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-    return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
-
-
-def _distillation(config: FinetuneConfig, data: TaskData, checkpoint: Checkpoint) -> Distillation | None:
-    if config.teacher is None:
-        return None
-    found = Checkpoint.open(config.teacher, trust_remote_code=config.trust_remote_code)
-    check_trained_head(found, data)
-    teacher = load_model(
-        found.source.directory,
-        found.config,
-        data.task,
-        data.family,
-        data.label_names,
-        trust_remote_code=config.trust_remote_code,
-    )
-    sizes = found.config.vocab_size, checkpoint.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"--teacher {config.teacher}: a vocabulary of {sizes[0]}, the student has {sizes[1]}",
-            hint="teacher and student must share a tokenizer",
-        )
-    return Distillation(
-        teacher.requires_grad_(False),
-        config.distill_weight,
-        config.temperature,
-        config.distill_hidden,
-        next_token=data.family == "causal",
-    )
 
 
 def _keep_best(training: Path, data: TaskData, config: FinetuneConfig) -> KeepBest:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,13 +13,26 @@ from torch import nn
 from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
+from mpocli.hf.sparse import keep_zeros
 from mpocli.methods.task_data import TaskData
 from mpocli.train.models import load_model
+from mpocli.train.segment import Optimisation, Schedule
 from mpocli.train.updates import roles
 
 
+class Trains(Protocol):
+    """How long and with what a command trains, in several configurations."""
+
+    @property
+    def optimisation(self) -> Optimisation: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def steps(self) -> int | None: ...
+
+
 def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: bool) -> Any:
-    """The model that a task trains, in float32, with a padding token."""
+    """The model that a task trains, in float32, with a padding token. What is sparse in it stays so."""
     model = load_model(
         checkpoint.source.directory,
         checkpoint.config,
@@ -31,6 +45,7 @@ def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: b
         model.config.pad_token_id = data.pad
     if data.task.kind == "regression" and data.train and not has_head(checkpoint):
         _start_at_the_mean(model, [float(feature["labels"]) for feature in data.train])
+    keep_zeros(model)
     return model
 
 
@@ -63,6 +78,14 @@ def count_trainable(model: Any) -> tuple[int, dict[str, int]]:
         if parameter.requires_grad:
             counts[role] += parameter.numel()
     return sum(counts.values()), counts
+
+
+def learning_schedule(config: Trains, samples: int, processes: int) -> tuple[Schedule, int]:
+    """Of the learning rate, and the steps of a run: `steps`, or as many as `epochs` take."""
+    chosen = config.optimisation
+    per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
+    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
 
 
 @contextmanager

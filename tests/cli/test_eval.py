@@ -247,6 +247,98 @@ def test_a_language_model_agrees_with_itself_and_less_with_another(model: str, c
     assert other["tokens"] < 1.0 and other["kl_nats"] > 1e-4
 
 
+# --- sparse kernels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinned(tuned: Path) -> Path:
+    """`sst2-dense` with zeros at three of four places of its attention and feed-forward weights."""
+    made = Path(copytree(tuned / "sst2-dense", tuned / "thinned"))
+
+    def thin(tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(4)
+        for name, tensor in tensors.items():
+            if "encoder" in name and tensor.dim() == 2:
+                tensor.view(-1)[torch.randperm(tensor.numel(), generator=generator)[tensor.numel() // 4 :]] = 0
+
+    rewrite(made, thin)
+    return made
+
+
+def test_both_paths_give_the_same_metrics_and_both_latencies(cli: Cli, lab: Path, thinned: Path, work: Path) -> None:
+    reports, said = {}, {}
+    for path in ("dense", "sparse", "auto"):
+        options = sst2(lab, "--path", path, "--predictions", path, "--batch-size", 4, "--baseline", thinned)
+        reports[path] = succeeded(cli("eval", thinned, *options)).json
+        said[path] = np.array([row["logits"] for row in written(work / path)])
+    lengths = [len(tasks.tokenizer("bert")(row["text"])["input_ids"]) for row in written(work / "auto")]
+    for path, report in reports.items():
+        assert report["metrics"] == reports["dense"]["metrics"]
+        assert np.allclose(said[path], said["dense"], atol=1e-5)
+        for paths in (report["paths"], report["baseline"]["paths"]):
+            found = {tuple(row["shape"]): row for row in paths}
+            assert len(paths) == 3 and {shape: row["modules"] for shape, row in found.items()} == {
+                (32, 32): 4,
+                (64, 32): 1,
+                (32, 64): 1,
+            }
+            for row in paths:
+                assert row["dense_seconds"] > 0 and row["sparse_seconds"] > 0
+                assert row["sparsity"] == 0.75 and row["tokens"] == 4 * sorted(lengths)[19]
+                assert row["path"] in {"dense": ["dense"], "sparse": ["csr"], "auto": ["csr", "dense"]}[path]
+
+
+def test_the_sparse_path_is_what_runs(
+    cli: Cli, lab: Path, thinned: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpocli.nn.sparse_linear import SparseLinear
+
+    rows: list[int] = []
+    product = SparseLinear._product
+
+    def watched(self: SparseLinear, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return product(self, x)
+
+    monkeypatch.setattr(SparseLinear, "_product", watched)
+    options = sst2(lab, "--batch-size", 40, "--path")
+    succeeded(cli("eval", thinned, *options, "sparse"))
+    assert rows.count(max(rows)) == 6  # the only batch: a layer each, padded to the longest example
+    rows.clear()
+    succeeded(cli("eval", thinned, *options, "dense"))
+    assert len(set(rows)) == 1  # the measurements, on examples of median length
+
+
+@pytest.mark.parametrize(("model", "task", "expected"), [("gpt2", "lm", 4 * 16), ("t5", "e2e", 4), ("gpt2", "e2e", 4)])
+def test_the_paths_are_measured_on_the_rows_of_a_typical_call(
+    model: str, task: str, expected: int, cli: Cli, lab: Path, work: Path, tmp_path: Path
+) -> None:
+    """A full window of each; where texts are written, one token of each."""
+    copytree(lab / model, tmp_path / "thin")
+    rewrite(tmp_path / "thin", lambda tensors: [t.zero_() for n, t in tensors.items() if "mlp.c_fc" in n or ".wi" in n])
+    data = {"lm": "dev.txt", "e2e": "e2e-dev.csv"}[task]
+    options = ["--task", task, "--eval", lab / data, "--max-length", 16, "--batch-size", 4, "--path", "sparse"]
+    (report,) = succeeded(cli("eval", tmp_path / "thin", *options, "--max-new-tokens", 3, "--json")).json["paths"]
+    assert report["tokens"] == expected and report["path"] == "csr" and report["sparsity"] == 1.0
+
+
+def test_the_table_of_paths_is_there_where_a_layer_is_sparse(
+    cli: Cli, lab: Path, tuned: Path, thinned: Path, work: Path
+) -> None:
+    options = [option for option in sst2(lab, "--path", "sparse") if option != "--json"]
+    out = succeeded(cli("eval", thinned, *options)).out
+    assert "sparse layers" in out and "the baseline's" not in out
+    row = next(line.split() for line in out.splitlines() if "64x32" in line)
+    assert row[1:3] == ["75.0%", "1"] and row[-1] == "csr" and float(row[4]) > 0 and float(row[5]) > 0
+    out = succeeded(cli("eval", thinned, *options, "--precision", "bf16")).out
+    row = next(line.split() for line in out.splitlines() if "64x32" in line)
+    assert row[-2:] == ["none", "dense"]
+    out = succeeded(cli("eval", tuned / "sst2-dense", *options, "--baseline", thinned)).out
+    assert "sparse layers" not in out and "the baseline's" in out
+    report = succeeded(cli("eval", tuned / "sst2-dense", *sst2(lab, "--path", "sparse"))).json
+    assert report["paths"] == []
+
+
 # --- gates ------------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +387,7 @@ REFUSED = [
     ("gate", ["--task", "sst2", "--eval", "{lab}/dev.tsv", "--fail-below", "accuracy"], 2, ["--fail-below"]),
     ("drop", ["--task", "sst2", "--eval", "{lab}/dev.tsv", "--max-drop", "accuracy=0"], 2, ["--baseline"]),
     ("lm-eval", ["--lm-eval", "lambada"], 3, ["lm_eval"]),
+    ("path", ["--task", "sst2", "--eval", "{lab}/dev.tsv", "--path", "fast"], 2, ["--path", "fast", "sparse"]),
     ("place", ["--task", "sst2", "--eval", "{lab}/dev.tsv", "--predictions", "no/f"], 3, ["no/f"]),
 ]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,6 +16,7 @@ from mpocli.cli import task_options as task_
 from mpocli.errors import InputError, TargetNotMetError, UsageError
 
 if TYPE_CHECKING:
+    from mpocli.hf.sparse_paths import PathChoice, PathReport
     from mpocli.methods.evaluate import EvalReport
 
 GATES = "Gates for CI (exit 5)"
@@ -49,6 +51,14 @@ def command(
     max_new_tokens: task_.NewTokens = 96,
     precision: task_.Precision = "auto",
     device: task_.Device = "auto",
+    path: Annotated[
+        str,
+        typer.Option(
+            "--path",
+            metavar="NAME",
+            help="Layers that are mostly zeros: dense or sparse kernels, or auto: the faster, by a short measurement.",
+        ),
+    ] = "auto",
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="TASKS", help="Hand over to EleutherAI's harness, where installed."),
@@ -70,6 +80,7 @@ def command(
       mpocli eval gpt2-mpo --task lm --eval wiki.test.txt --max-length 1024
     """
     gates = _gates("--fail-below", fail_below), _gates("--max-drop", max_drop)
+    options.one_of("--path", path, ("auto", "dense", "sparse"))
     if gates[1] and baseline is None:
         raise UsageError("--max-drop compares with a baseline, and none is given", hint="add --baseline MODEL")
     if lm_eval is not None:
@@ -106,6 +117,7 @@ def command(
             baseline=baseline,
             predictions=predictions,
             device=device,
+            path=cast("PathChoice", path),
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -186,5 +198,22 @@ def _show(report: EvalReport) -> None:
         words = {"labels": "equal labels", "tokens": "equal likeliest tokens", "equal_texts": "equal texts"}
         said = [f"{words.get(name, name)} {value:.4f}" for name, value in report.agreement.items()]
         render.out.print("agreement with the baseline: " + ", ".join(said))
+    _show_paths(report.paths, "sparse layers")
+    _show_paths(other.paths if other else (), "the baseline's")
     if report.truncated:
         render.err.print(f"{report.truncated:,} examples were cut to --max-length", style="yellow")
+
+
+def _show_paths(paths: Sequence[PathReport], title: str) -> None:
+    """Nothing where no layer is sparse."""
+    from mpocli.cli import render
+
+    if not paths:
+        return
+    table = render.table(title, "zeros", "modules", "tokens", "dense ms", "sparse ms", "<path")
+    for found in paths:
+        sparse = "none" if found.sparse_seconds is None else f"{found.sparse_seconds * 1e3:.3f}"
+        shape = f"{found.shape[0]}x{found.shape[1]}"
+        numbers = f"{found.sparsity:.1%}", render.count(found.modules), render.count(found.tokens)
+        table.add_row(shape, *numbers, f"{found.dense_seconds * 1e3:.3f}", sparse, found.path)
+    render.show(table)

@@ -12,14 +12,12 @@ from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, check_sites, one_of, parse_layers, parse_shapes
-from mpocli.cli.train_options import HOW
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
     from mpocli.methods.finetune import FinetuneReport
     from mpocli.methods.overparam import OverparamReport
 
-TEACHER = "Distillation"
 OVER = "Over-parameterisation (OPF): train more, deploy the same"
 
 
@@ -38,15 +36,11 @@ def command(
     update: train_.Update = None,
     lr: train_.Lr = 1e-4,
     mpo_lr: train_.MpoLr = None,
-    epochs: Annotated[float, typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW)] = 3.0,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW)
-    ] = None,
+    epochs: train_.Epochs = 3.0,
+    steps: train_.StepCount = None,
     batch_size: train_.BatchSize = 32,
     accumulation: train_.Accumulation = 1,
-    warmup: Annotated[
-        float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW)
-    ] = 0.06,
+    warmup: train_.Warmup = 0.06,
     weight_decay: train_.WeightDecay = 0.0,
     clip: train_.Clip = 1.0,
     random_batches: train_.RandomBatches = False,
@@ -62,19 +56,10 @@ def command(
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,N,…", help="A run for each, in sub-directories.")
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", metavar="MODEL", help="Of the same task, to learn from.", rich_help_panel=TEACHER),
-    ] = None,
-    distill_weight: Annotated[
-        float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER)
-    ] = 0.5,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER)
-    ] = 2.0,
-    distill_hidden: Annotated[
-        bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER)
-    ] = False,
+    teacher: train_.Teacher = None,
+    distill_weight: train_.DistillWeight = 0.5,
+    temperature: train_.Temperature = 2.0,
+    distill_hidden: train_.DistillHidden = False,
     overparam: Annotated[
         str | None,
         typer.Option(
@@ -134,10 +119,7 @@ def command(
     eval_batch_size: task_.EvalBatch = 64,
     max_new_tokens: task_.NewTokens = 96,
     log_steps: train_.LogSteps = 50,
-    save_steps: Annotated[
-        int | None,
-        typer.Option("--save-steps", metavar="N", help="Steps per checkpoint. Default: a tenth of all, at least 100."),
-    ] = None,
+    save_steps: train_.SaveSteps = None,
     report_to: train_.ReportTo = None,
     resume: train_.Resume = False,
     overwrite: options.Overwrite = False,
@@ -161,12 +143,8 @@ def command(
       --train train.tsv
     """
     one_of("--select", select, ("last", "best"))
-    for option, number in (("--steps", steps), ("--save-steps", save_steps)):
-        at_least(option, number, 1)
-    for option, rate in (("--epochs", epochs), ("--temperature", temperature)):
-        if not 0 < rate < float("inf"):
-            raise UsageError(f"{option} {rate}: must be above 0", hint=f"choose a positive {option}")
-    train_.check_share("--distill-weight", distill_weight)
+    train_.check_length(epochs, steps, save_steps)
+    train_.check_distillation(distill_weight, temperature)
     optimisation = train_.optimisation(
         update=update,
         lr=lr,

@@ -1,0 +1,367 @@
+"""`mpocli sparsify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import options
+from mpocli.cli import task_options as task_
+from mpocli.cli import train_options as train_
+from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, parse_layers
+from mpocli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.sparsify import SparsifyReport
+    from mpocli.methods.sparsify_config import Calibration
+    from mpocli.nn.masked import Scoring
+    from mpocli.sparse import Pattern
+
+WHAT = "What to prune"
+PST = "PST: what is learnt"
+WHEN = "How sparsity rises in training"
+LOOK = "wanda, sparsegpt: what to look at"
+
+
+def command(
+    model: options.Model,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsity", "-s", metavar="X", help="Zeros / entries. Default: 0.9, or N:M's.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="HOW",
+            help="pst, movement (both trained), magnitude (trained or not), wanda, sparsegpt.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "pst",
+    pattern: Annotated[
+        str,
+        typer.Option("--pattern", metavar="WHAT", help="unstructured, 2:4, 4:8 or any N:M.", rich_help_panel=WHAT),
+    ] = "unstructured",
+    scope: Annotated[
+        str,
+        typer.Option("--scope", metavar="WHAT", help="A threshold for each matrix, or global.", rich_help_panel=WHAT),
+    ] = "matrix",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="ROLE,…", help="Of which roles. Default: attention,ffn.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="GLOB", help="Modules by name. Repeatable.", rich_help_panel=WHAT),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHAT),
+    ] = None,
+    out: options.Out = None,
+    storage: Annotated[
+        str, typer.Option("--storage", metavar="HOW", help="bitmask, or dense: zeros that any loader reads.")
+    ] = "bitmask",
+    task: task_.TaskName = None,
+    train: task_.Train = None,
+    evaluate: task_.Eval = None,
+    test: task_.Test = None,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    limit: task_.Limit = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option("--calibrate", metavar="DATA", help="Text; with --task rows of that task.", rich_help_panel=LOOK),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=LOOK)
+    ] = 128,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=LOOK)
+    ] = 256,
+    initial_sparsity: Annotated[
+        float, typer.Option("--initial-sparsity", metavar="X", help="At the first step.", rich_help_panel=WHEN)
+    ] = 0.0,
+    initial_warmup: Annotated[
+        float, typer.Option("--initial-warmup", metavar="X", help="Share of steps before.", rich_help_panel=WHEN)
+    ] = 0.1,
+    final_warmup: Annotated[
+        float, typer.Option("--final-warmup", metavar="X", help="Share of steps after.", rich_help_panel=WHEN)
+    ] = 0.3,
+    weight_rank: Annotated[
+        int, typer.Option("--weight-rank", metavar="N", help="Of the update U V; 0: W itself.", rich_help_panel=PST)
+    ] = 8,
+    weight_beta: Annotated[
+        float, typer.Option("--weight-beta", metavar="X", help="Scale of U V.", rich_help_panel=PST)
+    ] = 1.0,
+    mask_rank: Annotated[
+        int, typer.Option("--mask-rank", metavar="N", help="Of the score A B; 0: none.", rich_help_panel=PST)
+    ] = 8,
+    mask_alpha1: Annotated[
+        float, typer.Option("--mask-alpha1", metavar="X", help="Scale of A B.", rich_help_panel=PST)
+    ] = 1.0,
+    mask_alpha2: Annotated[
+        float, typer.Option("--mask-alpha2", metavar="X", help="Scale of R + C; 0: none.", rich_help_panel=PST)
+    ] = 1.0,
+    detach_magnitude: Annotated[
+        bool, typer.Option("--detach-magnitude", help="No gradient through |W|.", rich_help_panel=PST)
+    ] = False,
+    faithful: Annotated[
+        bool, typer.Option("--faithful", help="Freeze the head, as the published code.", rich_help_panel=PST)
+    ] = False,
+    lr: train_.Lr = 1e-4,
+    score_lr: Annotated[
+        float | None,
+        typer.Option("--score-lr", metavar="X", help="Of the scores. Default: --lr.", rich_help_panel=train_.HOW),
+    ] = None,
+    epochs: train_.Epochs = 3.0,
+    steps: train_.StepCount = None,
+    batch_size: train_.BatchSize = 32,
+    accumulation: train_.Accumulation = 1,
+    warmup: train_.Warmup = 0.06,
+    weight_decay: train_.WeightDecay = 0.0,
+    clip: train_.Clip = 1.0,
+    random_batches: train_.RandomBatches = False,
+    gradient_checkpointing: train_.GradientCheckpointing = False,
+    teacher: train_.Teacher = None,
+    distill_weight: train_.DistillWeight = 0.5,
+    temperature: train_.Temperature = 2.0,
+    distill_hidden: train_.DistillHidden = False,
+    precision: task_.Precision = "auto",
+    device: task_.Device = "auto",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of masks, samples, order and dropout.")] = 0,
+    eval_batch_size: task_.EvalBatch = 64,
+    max_new_tokens: task_.NewTokens = 96,
+    log_steps: train_.LogSteps = 50,
+    save_steps: train_.SaveSteps = None,
+    report_to: train_.ReportTo = None,
+    max_shard_size: options.ShardSize = "5GB",
+    resume: train_.Resume = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Set most weights to zero, by training or at once, and store the others.
+
+    Of an MPO checkpoint the central cores are pruned. Files hold one bit for every
+    weight and the values that are left; mpocli merge makes them dense again.
+
+    [bold]Examples[/bold]
+
+      mpocli sparsify bert-sst2 --task sst2 --train train.tsv --eval dev.tsv
+
+      mpocli sparsify gpt2 --method magnitude --sparsity 0.5
+
+      mpocli sparsify gpt2 --method sparsegpt --sparsity 0.5 --calibrate wiki.txt
+    """
+    from mpocli.methods.sparsify_config import METHODS
+
+    one_of("--method", method, METHODS)
+    one_of("--scope", scope, ("matrix", "global"))
+    one_of("--storage", storage, ("bitmask", "dense"))
+    check_finite("--sparsity", sparsity)
+    found = _pattern(pattern)
+    roles = parse_layers(layers)
+    train_.check_length(epochs, steps, save_steps)
+    train_.check_distillation(distill_weight, temperature)
+    train_.check_positive("--score-lr", score_lr)
+    calibration = _calibration(calibrate, samples, seq_len)
+    scoring = _scoring(
+        method, weight_rank, weight_beta, mask_rank, mask_alpha1, mask_alpha2, detach_magnitude=detach_magnitude
+    )
+    named = [f"--{name}" for name, value in (("train", train), ("eval", evaluate), ("test", test)) if value]
+    if task is None and named:
+        raise UsageError(f"{named[0]} without --task", hint="--task sst2, for example; see --help for the names")
+    data = None
+    if task is not None:
+        data = task_.data_options(
+            task,
+            train=train,
+            evaluate=evaluate,
+            test=test,
+            text_column=text_column,
+            label_column=label_column,
+            limit=limit,
+            max_length=max_length,
+            eval_batch_size=eval_batch_size,
+            max_new_tokens=max_new_tokens,
+            tokenizer=tokenizer,
+            precision=task_.precision_of(precision, device),
+        )
+    optimisation = train_.optimisation(
+        update=None,
+        lr=lr,
+        mpo_lr=None,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        precision=precision,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+        random_batches=random_batches,
+        log_steps=log_steps,
+        save_steps=save_steps,
+        report_to=report_to,
+        seed=seed,
+    )
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import sparsify
+    from mpocli.methods.sparsify_config import SparsifyConfig, check_options
+
+    config = SparsifyConfig(
+        sparsity=sparsity if sparsity is not None else found.sparsity or 0.9,
+        method=method,  # type: ignore[arg-type]
+        pattern=found,
+        scope=scope,  # type: ignore[arg-type]
+        layers=roles,
+        targets=tuple(target or ()),
+        ignore=tuple(ignore or ()),
+        storage=storage,  # type: ignore[arg-type]
+        data=data,
+        calibration=calibration,
+        optimisation=optimisation,
+        scoring=scoring,
+        score_lr=score_lr,
+        epochs=epochs,
+        steps=steps,
+        initial_sparsity=initial_sparsity,
+        initial_warmup=initial_warmup,
+        final_warmup=final_warmup,
+        faithful=faithful,
+        teacher=teacher,
+        distill_weight=distill_weight,
+        temperature=temperature,
+        distill_hidden=distill_hidden,
+        max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    check_options(config)
+    destination = out or options.default_out(model, "sparse")
+    if not resume:
+        options.check_out_before_download(model, destination, overwrite=overwrite)
+    bar = render.training_bar if config.trains else render.progress_bar
+    try:
+        with quiet.transformers(), bar("sparsify", enabled=not json) as progress:
+            report = sparsify.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        kept = destination.with_name(f"{destination.name}.training")
+        if kept.is_dir():
+            render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
+        raise
+    if not report.is_writer:
+        return
+    if json:
+        render.print_json("sparsify", report)
+    else:
+        _show(report)
+
+
+def _pattern(text: str) -> Pattern:
+    from mpocli.sparse import Pattern
+
+    try:
+        return Pattern.parse(text)
+    except InputError as error:
+        raise UsageError(f"--pattern {text!r} is not known", hint=error.hint) from error
+
+
+def _calibration(source: str | None, samples: int, seq_len: int) -> Calibration | None:
+    from mpocli.methods.sparsify_config import Calibration
+
+    at_least("--samples", samples, 1)
+    at_least("--seq-len", seq_len, 2)
+    return None if source is None else Calibration(source, samples, seq_len)
+
+
+def _scoring(
+    method: str,
+    rank: int,
+    beta: float,
+    score_rank: int,
+    alpha1: float,
+    alpha2: float,
+    *,
+    detach_magnitude: bool,
+) -> Scoring:
+    from dataclasses import replace
+
+    from mpocli.nn.masked import Scoring
+
+    for option, number in (("--weight-rank", rank), ("--mask-rank", score_rank)):
+        at_least(option, number, 0)
+    for option, scale in (("--weight-beta", beta), ("--mask-alpha1", alpha1), ("--mask-alpha2", alpha2)):
+        check_finite(option, scale)
+    scoring = Scoring.of(method)
+    if method != "pst":
+        return scoring
+    return replace(
+        scoring,
+        rank=rank,
+        beta=beta,
+        score_rank=score_rank,
+        alpha1=alpha1,
+        alpha2=alpha2,
+        structured=alpha2 != 0,
+        attached=not detach_magnitude,
+    )
+
+
+def _show(report: SparsifyReport) -> None:
+    """What became sparse by role, the files, what was trained, and the metrics."""
+    from mpocli.cli import render
+
+    table = render.table("role", "pruned", "entries", "left", "sparsity", "dense", "stored")
+    for role, tensors in render.by_role(report.tensors):
+        entries, zeros = (sum(getattr(tensor, name) for tensor in tensors) for name in ("entries", "zeros"))
+        table.add_row(
+            role or "other",
+            str(len(tensors)),
+            f"{entries:,}",
+            f"{entries - zeros:,}",
+            f"{zeros / entries:.1%}",
+            render.size(sum(tensor.dense_bytes for tensor in tensors)),
+            render.size(sum(tensor.bytes for tensor in tensors)),
+        )
+    before, after = report.totals_before, report.totals
+    table.add_section()
+    left = f"{after.params - report.zeros:,}"
+    sizes = render.size(before.bytes), render.size(after.bytes)
+    table.add_row("model", "", f"{after.params:,}", left, f"{report.zeros / after.params:.1%}", *sizes, style="bold")
+    render.show(table)
+    for line in render.notes(report.kept):
+        render.out.print(line, style="dim", markup=False)
+    if report.metrics:
+        metrics = render.table("metric", "before", "after", *(("test",) if report.test_metrics else ()))
+        for name, value in report.metrics.items():
+            tested = (f"{report.test_metrics[name]:.4f}",) if report.test_metrics else ()
+            metrics.add_row(name, f"{report.metrics_before[name]:.4f}", f"{value:.4f}", *tested)
+        render.show(metrics)
+    if report.trainable_by_kind:
+        parts = ", ".join(f"{count:,} {kind}" for kind, count in report.trainable_by_kind.items())
+        share = report.trainable_params / report.dense_and_scores
+        render.out.print(
+            f"trained [bold]{report.trainable_params:,}[/bold] parameters ({parts}) for {report.steps:,} steps: "
+            f"{share:.1%} of the model and a score for every pruned weight"
+        )
+    for line in report.warnings:
+        render.err.print(line, style="yellow", markup=False)
+    for split, cut in (report.truncated or {}).items():
+        if cut:
+            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+    if report.resumed_from:
+        render.err.print(f"resumed from step {report.resumed_from:,}")
+    render.err.print(f"written to {report.out} in {report.seconds:.0f} s", markup=False)

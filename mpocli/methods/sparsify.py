@@ -1,0 +1,168 @@
+"""sparsify: prune a checkpoint once, or train it sparse, and store what is left of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.io.manifest import Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.methods import sparsify_train
+from mpocli.methods.device import device_of
+from mpocli.methods.run_directory import begin
+from mpocli.methods.sparsify_calibrated import prune_by_activations
+from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_options
+from mpocli.methods.sparsify_plan import Kept, plan
+from mpocli.methods.sparsify_write import SparseTensor, given_pruner, magnitude_pruner, write_sparse
+from mpocli.methods.student import load_student
+from mpocli.methods.task_data import evaluate, prepare
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class SparsifyReport:
+    """What became sparse. `sparsity` = zeros / entries of the pruned tensors, counted on what is stored.
+
+    `tensors` one by one and `kept` those that were selected and could not be pruned; `metrics` on the evaluation set
+    after and `metrics_before`, `{}` without one. `trainable_params` is what the optimiser held, by kind in
+    `trainable_by_kind`, and `dense_and_scores` the parameters of the model and a score for every entry: what movement
+    pruning trains. `bytes_expected` are those of all weights with the pruned ones as bitmask and values.
+    """
+
+    out: str
+    seconds: float
+    method: str
+    pattern: str
+    scope: str
+    storage: str
+    sparsity: float
+    zeros: int
+    entries: int
+    tensors: tuple[SparseTensor, ...]
+    kept: tuple[Kept, ...]
+    totals_before: Totals
+    totals: Totals
+    bytes_expected: int
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    test_metrics: dict[str, float]
+    trainable_params: int = 0
+    trainable_by_kind: dict[str, int] | None = None
+    dense_and_scores: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    resumed_from: int = 0
+    truncated: dict[str, int] | None = None
+    warnings: tuple[str, ...] = ()
+    is_writer: bool = True
+
+
+def run(
+    model: str,
+    config: SparsifyConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> SparsifyReport:
+    """Write a sparse checkpoint to a new directory `out`.
+
+    With training data the model learns what to prune (PST, movement) or adapts to it (magnitude); while that lasts,
+    `<out>.training` holds checkpoints, from which `resume` goes on. Without, it is pruned once. Raises `UsageError` and
+    `InputError` for what cannot be pruned, `NumericsError` where a tensor or a loss is not finite.
+    """
+    started = time.perf_counter()
+    check_options(config)
+    if config.trains:
+        begun = begin(model, config, out, overwrite=overwrite, resume=resume)
+        checkpoint = begun.checkpoint
+        targets, kept = plan(checkpoint, config)
+        trained = sparsify_train.run(begun, config, targets, out, progress=progress)
+        done = _report(str(out), config, checkpoint, trained.tensors, tuple(kept), trained.totals)
+        return replace(
+            done,
+            seconds=time.perf_counter() - started,
+            metrics=trained.metrics,
+            metrics_before=trained.metrics_before,
+            test_metrics=trained.test_metrics,
+            trainable_params=sum(trained.trainable_by_kind.values()),
+            trainable_by_kind=trained.trainable_by_kind,
+            dense_and_scores=trained.dense_and_scores,
+            steps=trained.steps,
+            step_seconds=trained.step_seconds,
+            resumed_from=trained.resumed_from,
+            truncated=trained.truncated,
+            is_writer=trained.is_writer,
+        )
+    if resume:
+        raise InputError("--resume: pruning once leaves nothing to resume", hint="run without it")
+    device = device_of(config.device)
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    checkpoint.totals()  # names what files and config disagree about, before any work
+    targets, kept = plan(checkpoint, config)
+    before = _measure(checkpoint, config)
+    warnings: list[str] = []
+    if config.method in CALIBRATED:
+        pruned = prune_by_activations(checkpoint, config, targets, device, progress=progress, warn=warnings.append)
+        prune = given_pruner(pruned)
+    else:
+        prune = magnitude_pruner(checkpoint, config, targets)
+    with output_directory(out) as work:
+        totals, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
+        written = Checkpoint.open(str(work), trust_remote_code=config.trust_remote_code)
+        after = _measure(written, config)
+    return replace(
+        _report(str(out), config, checkpoint, tensors, tuple(kept), totals),
+        seconds=time.perf_counter() - started,
+        metrics=after,
+        metrics_before=before,
+        warnings=tuple(warnings),
+    )
+
+
+def _measure(checkpoint: Checkpoint, config: SparsifyConfig) -> dict[str, float]:
+    """On the evaluation set, where one is named."""
+    if config.data is None or not config.data.eval:
+        return {}
+    data = prepare(checkpoint, config.data)
+    model = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code).to(device_of(config.device))
+    return evaluate(model, data, config.data)
+
+
+def _report(
+    out: str,
+    config: SparsifyConfig,
+    checkpoint: Checkpoint,
+    tensors: tuple[SparseTensor, ...],
+    kept: tuple[Kept, ...],
+    totals: Totals,
+) -> SparsifyReport:
+    zeros, entries = sum(t.zeros for t in tensors), sum(t.entries for t in tensors)
+    before = checkpoint.totals()
+    packed, dense = sum(t.bytes for t in tensors), sum(t.dense_bytes for t in tensors)
+    return SparsifyReport(
+        out=out,
+        seconds=0.0,
+        method=config.method,
+        pattern=str(config.pattern),
+        scope=config.scope,
+        storage=config.storage,
+        sparsity=zeros / entries if entries else 0.0,
+        zeros=zeros,
+        entries=entries,
+        tensors=tensors,
+        kept=kept,
+        totals_before=before,
+        totals=totals,
+        bytes_expected=before.bytes - dense + packed,
+        metrics={},
+        metrics_before={},
+        test_metrics={},
+    )

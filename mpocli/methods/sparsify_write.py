@@ -1,0 +1,134 @@
+"""Go through a checkpoint's files once and write some tensors pruned, packed as bitmask and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.plugin import SIGNPOST
+from mpocli.io.encoding import Encoding, add_encoded
+from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.writer import CheckpointWriter
+from mpocli.methods.sparsify_config import SparsifyConfig
+from mpocli.methods.sparsify_plan import Target
+from mpocli.mpo.linalg import check_finite
+from mpocli.sparse import bitmask_bytes, global_masks, n_of_m_mask, smallest_mask, zeros_in
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """One pruned tensor as it is stored: `sparsity` = zeros / entries, `bytes` of its bitmask and values."""
+
+    name: str
+    role: str | None
+    shape: tuple[int, ...]
+    entries: int
+    zeros: int
+    sparsity: float
+    bytes: int
+    dense_bytes: int
+
+
+def described(target: Target, stored: Tensor, storage: str, itemsize: int | None = None) -> SparseTensor:
+    """Counted on what is stored, in `itemsize` bytes an entry if not in the tensor's own."""
+    itemsize = itemsize or stored.element_size()
+    entries, zeros = stored.numel(), int((stored == 0).sum())
+    size = bitmask_bytes(entries, entries - zeros, itemsize) if storage == "bitmask" else entries * itemsize
+    return SparseTensor(
+        name=target.name,
+        role=target.role,
+        shape=target.shape,
+        entries=entries,
+        zeros=zeros,
+        sparsity=zeros / entries,
+        bytes=size,
+        dense_bytes=entries * itemsize,
+    )
+
+
+def magnitude_pruner(
+    checkpoint: Checkpoint, config: SparsifyConfig, targets: Sequence[Target]
+) -> Callable[[Target, Tensor], Tensor]:
+    """One-shot pruning by |W|, matrix by matrix or with one threshold over all."""
+    masks: dict[str, Tensor] = {}
+    if config.scope == "global":
+        sizes = [target.matrix(checkpoint.reader.read(target.key)).abs().float() for target in targets]
+        for target, size in zip(targets, sizes, strict=True):
+            check_finite(size, target.key)
+        zeros = zeros_in(sum(size.numel() for size in sizes), config.sparsity)
+        masks = dict(zip((target.name for target in targets), global_masks(sizes, zeros), strict=True))
+
+    def prune(target: Target, stored: Tensor) -> Tensor:
+        check_finite(stored, target.key)
+        matrix = target.matrix(stored)
+        mask = masks.get(target.name)
+        if mask is None and config.pattern.group is not None and config.pattern.keep is not None:
+            mask = n_of_m_mask(matrix.abs().float(), config.pattern.keep, config.pattern.group)
+        elif mask is None:
+            mask = smallest_mask(matrix.abs().float(), zeros_in(matrix.numel(), config.sparsity))
+        return target.stored(torch.where(mask, matrix, matrix.new_zeros(())))
+
+    return prune
+
+
+def given_pruner(pruned: Mapping[str, Tensor]) -> Callable[[Target, Tensor], Tensor]:
+    """Tensors that were pruned in a loaded model, by name."""
+    return lambda target, stored: pruned[target.name].to(stored.dtype)
+
+
+def write_sparse(
+    work: Path,
+    checkpoint: Checkpoint,
+    config: SparsifyConfig,
+    targets: Sequence[Target],
+    prune: Callable[[Target, Tensor], Tensor],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Totals, tuple[SparseTensor, ...]]:
+    """The checkpoint with every target pruned, one tensor in memory at a time."""
+    jobs = {target.key: target for target in targets}
+    before = checkpoint.encodings
+    made: dict[str, SparseTensor] = {}
+    encodings = dict(before) if config.storage == "bitmask" else {}
+    with CheckpointWriter(work, config.max_shard_bytes) as writer:
+        for key in checkpoint.reader:
+            if key == SIGNPOST:
+                continue
+            tensor = checkpoint.reader.read(key)
+            target = jobs.get(key)
+            if target is not None:
+                tensor = prune(target, tensor)
+                made[target.name] = described(target, tensor, config.storage)
+                if config.storage == "bitmask":
+                    encodings.pop(checkpoint.reader.encoded.get(key, ""), None)
+                    encodings[target.name] = Encoding(target.shape, str(config.pattern))
+                if progress:
+                    progress(len(made), len(jobs), target.name)
+            if config.storage == "bitmask" and (target is not None or key in checkpoint.reader.encoded):
+                add_encoded(writer, key, tensor)
+            else:
+                writer.add(key, tensor)
+        if encodings or checkpoint.is_mpo:
+            writer.add(SIGNPOST, torch.zeros(1))
+        files = writer.finish()
+    cores = {target.module for target in targets if target.layout == "core"}
+    totals = checkpoint.totals(size=sum(file.stat().st_size for file in files))
+    manifest = Manifest(
+        base_model=checkpoint.base_model(),
+        modules=tuple(
+            replace(entry, relative_error=None, discarded_weight=None, center=None) if entry.name in cores else entry
+            for entry in (checkpoint.manifest.modules if checkpoint.manifest else ())
+        ),
+        encodings=encodings,
+        totals=totals,
+        history=checkpoint.history("sparsify", config.recorded(), config.optimisation.seed),
+    )
+    write_surroundings(work, checkpoint, manifest)
+    return totals, tuple(made[target.name] for target in targets)

@@ -1,0 +1,55 @@
+"""The teacher that a command distils from: loaded, and compared with its student."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.methods.task_data import TaskData, check_trained_head
+from mpocli.train.distill import Distillation
+from mpocli.train.models import load_model
+
+
+class Distils(Protocol):
+    """The options about distillation that several configurations have."""
+
+    @property
+    def teacher(self) -> str | None: ...
+    @property
+    def distill_weight(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def distill_hidden(self) -> bool: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+def distillation_of(config: Distils, data: TaskData, checkpoint: Checkpoint) -> Distillation | None:
+    """None without a teacher. Raises `InputError` for one that was not trained, or has another vocabulary."""
+    if config.teacher is None:
+        return None
+    found = Checkpoint.open(config.teacher, trust_remote_code=config.trust_remote_code)
+    check_trained_head(found, data)
+    teacher = load_model(
+        found.source.directory,
+        found.config,
+        data.task,
+        data.family,
+        data.label_names,
+        trust_remote_code=config.trust_remote_code,
+    )
+    sizes = found.config.vocab_size, checkpoint.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"--teacher {config.teacher}: a vocabulary of {sizes[0]}, the student has {sizes[1]}",
+            hint="teacher and student must share a tokenizer",
+        )
+    return Distillation(
+        teacher.requires_grad_(False),
+        config.distill_weight,
+        config.temperature,
+        config.distill_hidden,
+        next_token=data.family == "causal",
+    )
