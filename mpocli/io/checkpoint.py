@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.io.encoding import Encodings, encoded_names, encoding_of, part_names
+from mpocli.io.encoding import Encodings, encoded_names, encoding_of, has_tombstone, part_names
 from mpocli.sparse.bits import unpack_sparse
 
 WEIGHTS = "model.safetensors"
@@ -162,6 +162,12 @@ class CheckpointReader:
                     f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
                 ) from error
         return self._stored(name)
+
+    def part_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that the files hold for an encoded one."""
+        dense, (bits, values) = self.specs[name], part_names(name)
+        shapes: dict[str, tuple[int, ...]] = {bits: (-(-dense.numel // 8),), values: (self.kept_values[name],)}
+        return {**shapes, **({name: (1,)} if has_tombstone(name) else {})}
 
     def _stored(self, name: str) -> Tensor:
         try:

@@ -85,11 +85,15 @@ class Adds(Protocol):
     def add(self, name: str, tensor: Tensor) -> None: ...
 
 
+def has_tombstone(name: str) -> bool:
+    """Whether one zero stays under the tensor's own name: a dense weight's, not a core's, whose module has one."""
+    return name.rpartition(".")[2] == "weight"
+
+
 def add_encoded(sink: Adds, name: str, tensor: Tensor) -> None:
     """Write a tensor as bitmask and values.
 
-    A dense weight leaves one zero under its own name: a loader that does not know the encoding then stops at its
-    shape. A core needs none, its module has one already.
+    One zero is left where a dense weight was: a loader that does not know the encoding then stops at its shape.
     """
     for part, stored in encode(name, tensor).items():
         sink.add(part, stored)
@@ -99,6 +103,6 @@ def encode(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that stand for one in the files."""
     bits, values = pack_sparse(tensor)
     parts = dict(zip(part_names(name), (bits, values), strict=True))
-    if name.rpartition(".")[2] == "weight":
+    if has_tombstone(name):
         parts[name] = torch.zeros(1, dtype=tensor.dtype)
     return parts

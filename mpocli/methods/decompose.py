@@ -63,6 +63,7 @@ def run(
             manifest = Manifest(
                 base_model=checkpoint.base_model(),
                 modules=entries,
+                encodings=worker.encodings,
                 totals=totals,
                 history=checkpoint.history("decompose", config.recorded(), config.seed),
             )

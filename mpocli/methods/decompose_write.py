@@ -12,6 +12,7 @@ from torch import Tensor
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.targets import Weight
+from mpocli.io.encoding import BITMASK, Encoding, add_encoded
 from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
@@ -62,6 +63,7 @@ class Decomposer:
         self.device = device_of(config.device)
         self.done: dict[str, ModuleEntry] = {}
         self.kept_reason: dict[str, str] = {}
+        self.encodings: dict[str, Encoding] = {}
 
     def write(self, sink: Sink) -> None:
         reader = self.checkpoint.reader
@@ -72,7 +74,7 @@ class Decomposer:
             if key == SIGNPOST or key in followers:
                 continue
             if key not in jobs:
-                sink.add(key, self._converted(key))
+                self._pass(sink, key)
                 continue
             plan = jobs[key]
             cores = self._decomposed(plan)
@@ -80,7 +82,7 @@ class Decomposer:
             if self.progress:
                 self.progress(finished, len(jobs), plan.weight.name)
             if cores is None:
-                sink.add(key, self._converted(key))
+                self._pass(sink, key)
                 for name in plan.weight.follower_keys:
                     if name in reader:
                         sink.add(name, self._converted(name))
@@ -90,8 +92,22 @@ class Decomposer:
             # One zero under every dense name that is gone, so that nothing can load this by mistake.
             for name in (key, *plan.weight.follower_keys):
                 sink.add(name, torch.zeros(1, dtype=cores[0].dtype))
-        if self.done or self.checkpoint.is_mpo:
+        if self.done or self.checkpoint.is_mpo or self.encodings:
             sink.add(SIGNPOST, torch.zeros(1))
+
+    def _pass(self, sink: Sink, key: str) -> None:
+        """A tensor that stays what it is, a sparse one packed."""
+        encoded = self.checkpoint.reader.encoded.get(key)
+        if encoded is None:
+            sink.add(key, self._converted(key))
+            return
+        self.encodings[encoded] = self.checkpoint.encodings[encoded]
+        if self.needs_data:
+            add_encoded(sink, key, self._converted(key))
+            return
+        for part, shape in self.checkpoint.reader.part_shapes(key).items():
+            dtype = torch.uint8 if len(part) > len(key) and part.endswith(BITMASK) else self._converted(key).dtype
+            sink.add(part, torch.empty(shape, dtype=dtype, device="meta"))
 
     def _dtype(self, stored: torch.dtype) -> torch.dtype:
         wanted = self.config.dtype

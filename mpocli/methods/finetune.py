@@ -241,6 +241,11 @@ def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str)
         return
     if checkpoint.is_mpo:
         raise InputError(f"{model}: has MPOs already, and --overparam makes its own", hint="run mpocli merge first")
+    if checkpoint.encodings:
+        raise InputError(
+            f"{model}: is sparse, and MPOs that are folded back would fill its zeros",
+            hint="over-parameterise first, then run mpocli sparsify",
+        )
     if config.update not in (None, "all"):
         raise UsageError(f"--update {config.update} with --overparam: all cores are trained", hint="leave it out")
     if config.select == "best":

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
-from mpocli.io.checkpoint import file_sha256
+from mpocli.io.checkpoint import CheckpointReader, file_sha256
 from mpocli.io.manifest import MANIFEST, Totals
 from mpocli.methods.merge import read_mpo
 from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_shape, stored_error
+from mpocli.sparse import bitmask_bytes
 
 Progress = Callable[[int, int, str], None]
 # Half precision stores a canonical core with this much rounding in AᵀA.
@@ -21,7 +22,11 @@ _CANONICAL_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfl
 
 @dataclass(frozen=True)
 class ModuleView:
-    """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond."""
+    """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond.
+
+    `sparsity` = zeros / entries of its sparse tensor (the matrix, or a core), `zeros` of it, None where none is
+    stored as a bitmask; `bytes` as stored.
+    """
 
     name: str
     role: str | None
@@ -38,13 +43,16 @@ class ModuleView:
     in_dims: tuple[int, ...] | None = None
     bond_dims: tuple[int, ...] | None = None
     tied: tuple[str, ...] = ()
+    sparsity: float | None = None
+    zeros: int | None = None
     singular_values: tuple[tuple[float, ...], ...] | None = None
     entropy_nats: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """`problems` lists what `verify` found, empty where everything holds, None where it was not asked."""
+    """`problems` lists what `verify` found, empty where everything holds, None where it was not asked. `sparsity` =
+    zeros / entries of all sparse tensors, None without any."""
 
     model: str
     totals: Totals
@@ -55,6 +63,8 @@ class InspectReport:
     problems: tuple[str, ...] | None = None
     checks: int = 0
     has_manifest: bool = True
+    sparsity: float | None = None
+    zeros: int = 0
 
 
 def run(
@@ -82,7 +92,7 @@ def run(
         chosen = select(weights, layers=None, targets=module, ignore=(), default_roles=(), target_option="--module")
     views = []
     for count, weight in enumerate(chosen, 1):
-        view = _view(weight)
+        view = _with_sparsity(_view(weight), weight, checkpoint.reader)
         if spectrum and (weight.entry or module or weight.role) and not weight.obstacle:
             view = _with_spectrum(view, checkpoint, weight, sites)
         views.append(view)
@@ -103,6 +113,8 @@ def run(
         seconds=time.perf_counter() - started,
         problems=problems,
         checks=checks,
+        sparsity=_overall(checkpoint.reader),
+        zeros=sum(_zeros(checkpoint.reader, key) for key in checkpoint.reader.encoded),
         has_manifest=(checkpoint.source.directory / MANIFEST).is_file(),
     )
 
@@ -144,6 +156,31 @@ def _view(weight: Weight) -> ModuleView:
         spec.bond_dims,
         tied,
     )
+
+
+def _zeros(reader: CheckpointReader, key: str) -> int:
+    return reader.specs[key].numel - reader.kept_values[key]
+
+
+def _overall(reader: CheckpointReader) -> float | None:
+    entries = sum(reader.specs[key].numel for key in reader.encoded)
+    return sum(_zeros(reader, key) for key in reader.encoded) / entries if entries else None
+
+
+def _with_sparsity(view: ModuleView, weight: Weight, reader: CheckpointReader) -> ModuleView:
+    """What the files hold as bitmask and values: the matrix, or cores of it."""
+    cores = weight.entry.spec.core_shapes() if weight.entry else ()
+    keys = [f"{weight.core_prefix}.{core}" for core in cores] if cores else [weight.key]
+    sparse = [key for key in keys if key is not None and key in reader.encoded]
+    if not sparse:
+        return view
+    entries, zeros = sum(reader.specs[key].numel for key in sparse), sum(_zeros(reader, key) for key in sparse)
+    saved = sum(
+        reader.specs[key].nbytes
+        - bitmask_bytes(reader.specs[key].numel, reader.kept_values[key], reader.specs[key].dtype.itemsize)
+        for key in sparse
+    )
+    return replace(view, sparsity=zeros / entries, zeros=zeros, bytes=view.bytes - saved)
 
 
 def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sites: int) -> ModuleView:

@@ -1,4 +1,4 @@
-"""merge: contract the MPOs of a checkpoint back to the dense weights, for use without mpocli."""
+"""merge: write the MPOs and sparse tensors of a checkpoint as dense weights, for use without mpocli."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class MergeReport:
     out: str
     seconds: float
     merged: int
+    unpacked: int
     before: Totals
     totals: Totals
 
@@ -43,13 +44,15 @@ def run(
 ) -> MergeReport:
     """Write an ordinary transformers checkpoint: every matrix rebuilt in float64, then cast to its cores' dtype.
 
-    Raises `InputError` for a checkpoint that has no MPOs or cannot be read.
+    Sparse weights keep their zeros; those of a sparse core vanish in the contraction. Raises `InputError` for a
+    checkpoint that is ordinary already or cannot be read.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
-    if not checkpoint.is_mpo:
+    if not checkpoint.is_mpo and not checkpoint.encodings:
         raise InputError(
-            f"{model}: has no MPOs to merge", hint="it is an ordinary checkpoint already: load it as it is"
+            f"{model}: has no MPOs to merge, and nothing sparse",
+            hint="it is an ordinary checkpoint already: load it as it is",
         )
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     reader = checkpoint.reader
@@ -83,7 +86,9 @@ def run(
             history=checkpoint.history("merge", {"dtype": dtype}, 0),
         )
         write_surroundings(work, checkpoint, manifest, dtype=dtype)
-    return MergeReport(str(out), time.perf_counter() - started, len(mpos), checkpoint.totals(), totals)
+    return MergeReport(
+        str(out), time.perf_counter() - started, len(mpos), len(checkpoint.encodings), checkpoint.totals(), totals
+    )
 
 
 def read_mpo(reader: CheckpointReader, weight: Weight) -> MPO:

@@ -77,6 +77,11 @@ def run(
     checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
     if not checkpoint.is_mpo:
         raise InputError(f"{model}: has no MPOs to squeeze", hint="run mpocli decompose, then mpocli finetune")
+    if checkpoint.encodings:
+        raise InputError(
+            f"{model}: {len(checkpoint.encodings)} of its tensors are sparse, and a cut bond would fill their zeros",
+            hint="squeeze first, then run mpocli sparsify",
+        )
     checkpoint.totals()  # names the module where files and config disagree, which loading would not
     data = prepare(checkpoint, config.data, needs_train=config.finetune_steps > 0 or config.order == "sensitivity")
     check_trained_head(checkpoint, data)

@@ -110,7 +110,8 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
 def _roles(report: InspectReport) -> Any:
     from mpocli.cli import render
 
-    table = render.table("role", "as MPO", "parameters", "ratio", "central", "auxiliary", "err", "bytes")
+    columns = ("sparsity",) if report.sparsity is not None else ()
+    table = render.table("role", "as MPO", "parameters", "ratio", "central", "auxiliary", "err", *columns, "bytes")
     for role, views in render.by_role(report.modules):
         made = [view for view in views if view.action == "mpo"]
         known = [view.relative_error for view in made if view.relative_error is not None]
@@ -123,15 +124,21 @@ def _roles(report: InspectReport) -> Any:
             render.count(sum(view.central_params or 0 for view in made)) if made else "",
             render.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
             (render.error(max(known)) if len(known) == len(made) else "?") if made else "",
+            *((_share(sum(view.zeros or 0 for view in views), params),) if columns else ()),
             render.size(sum(view.bytes for view in views)),
         )
     if report.rest_params:
         table.add_row("rest", "", render.count(report.rest_params), "1.000", style="dim")
     totals = report.totals
     table.add_section()
-    whole = render.count(totals.params), f"{totals.ratio:.3f}", "", "", "", render.size(totals.bytes)
+    sparse = (_share(report.zeros, totals.params),) if columns else ()
+    whole = render.count(totals.params), f"{totals.ratio:.3f}", "", "", "", *sparse, render.size(totals.bytes)
     table.add_row("model", "", *whole, style="bold")
     return table
+
+
+def _share(zeros: int, params: int) -> str:
+    return f"{zeros / params:.1%}" if zeros else ""
 
 
 def _matrices(report: InspectReport) -> None:
@@ -148,6 +155,7 @@ def _matrices(report: InspectReport) -> None:
             f"{view.shape[0]:>7}x{view.shape[1]:<5} {view.params:>11,} {view.params / view.dense_params:>6.3f} "
             f"{render.count(view.central_params):>10} {render.count(view.auxiliary_params):>9} "
             f"{render.error(view.relative_error) if made else '':>7}  {bonds}"
+            + (f", {view.sparsity:.1%} of {'the central core' if made else 'it'} zero" if view.sparsity else "")
         )
 
 

@@ -17,6 +17,8 @@ def command(
 ) -> None:
     """Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed.
 
+    Sparse weights become dense ones with zeros.
+
     [bold]Examples[/bold]
 
       mpocli merge bert-base-uncased-mpo -o bert-dense
@@ -46,6 +48,8 @@ def command(
         return
     table = render.table("", "before", "after")
     table.add_row("matrices as MPO", str(report.merged), "0")
+    if report.unpacked:
+        table.add_row("tensors as bitmask", str(report.unpacked), "0")
     table.add_row("parameters", render.count(report.before.params), render.count(report.totals.params))
     table.add_row("bytes", render.size(report.before.bytes), render.size(report.totals.bytes))
     render.show(table)
