@@ -25,6 +25,7 @@ COMMANDS = [
 ]
 
 
+WRITERS = ("decompose", "merge", "finetune", "squeeze", "sparsify")
 WORDS = ["fine", "good", "warm", "bad", "dull", "cold", "film", "plot", "a", "the", "name", "[", "]", ","]
 
 
@@ -102,8 +103,9 @@ def test_the_readme_s_commands_run_in_their_order(
         words = shlex.split(command)
         assert words[0] == "mpocli"
         # Printed one after the other they would meet outputs of the ones before.
-        extra = ["--overwrite"] if words[1] in ("decompose", "merge", "finetune", "squeeze") else []
+        extra = ["--overwrite"] if words[1] in WRITERS else []
         extra += ["--steps", "3", "--sites", "2"] if "--overparam" in words else []
+        extra += ["--steps", "3"] if words[1] == "sparsify" and "--train" in words else []
         extra += ["--rounds", "1", "--finetune-steps", "1"] if words[1] == "squeeze" else []
         code, _, err = mpocli([*words[1:], *extra], capsys)
         # A gate may well be missed by a model of one random layer, and a target by one round.
@@ -167,3 +169,32 @@ def test_the_overparam_recipe_runs_from_end_to_end(
     assert [code for code, _, _ in printed] == [0] * 8, printed
     sizes = {path.parent.name: path.stat().st_size for path in (shop / "over").glob("*/model.safetensors")}
     assert sizes.keys() == {"plain", "raised", "svd", "static", "dynamic"} and len(set(sizes.values())) == 1
+
+
+def test_the_sparsify_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chain ends in a directory that has every step in its history, and merges to an ordinary checkpoint."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("SCORE_LR", "1e-3")
+    arguments = [
+        "small-bert",
+        "sst2",
+        "SST-2/train.tsv",
+        "SST-2/dev.tsv",
+        "0.8",
+        "sparse",
+        "--steps",
+        "4",
+        "--lr",
+        "2e-4",
+    ]
+    commands = recipe("sparsify.sh", arguments, shop)
+    printed = [mpocli(words, capsys) for words in commands]
+    assert [code for code, _, _ in printed] == [0] * 8, printed
+    assert sum("--score-lr" in words for words in commands) == 2
+    history = json.loads((shop / "sparse" / "mpo-sparse" / "mpo.json").read_text())["history"]
+    assert [entry["command"] for entry in history] == ["decompose", "finetune", "sparsify"]
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(shop / "sparse" / "merged")
+    weight = merged.bert.encoder.layer[0].output.dense.weight
+    assert int((weight == 0).sum()) == int(weight.numel() * 0.8)
