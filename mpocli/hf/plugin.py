@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import install, local_name, remove
-from mpocli.hf.sparse import packed_state, reserve, unpack
+from mpocli.hf.sparse import packed_state, postpone_ties, reserve, stored_encodings, unpack
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
 from mpocli.nn import TOMBSTONE, MPOModule
@@ -89,13 +89,19 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         _check_no_extra_cores(model, specs, stored)
         # A dense weight of its own, which is more than a tombstone.
         own = {key.removesuffix(f".{TOMBSTONE}") for key, shape in stored.items() if shape != [1]}
-        specs = install(model, specs, dtype, has_own=lambda name: bool(own & _spellings(model, name)))
+
+        def has_own(name: str) -> bool:
+            return bool(own & _spellings(model, name))
+
+        specs = install(model, specs, dtype, has_own=has_own)
         # A head that this class lacks must not be promised by what it saves.
         config.modules = {name: spec.to_dict() for name, spec in specs.items()}
         encodings = reserve(model, encodings_from(config.encodings), stored)
         config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
+        self.followers = postpone_ties(model, encodings, has_own)
         # Tombstones of tied heads need not be stored; the signpost is never loaded.
         missing = [rf"^{re.escape(name)}\.{TOMBSTONE}$" for name, spec in specs.items() if spec.tied_to]
+        missing += [rf"^{re.escape(name)}$" for name in self.followers]
         unexpected = [rf"{re.escape(SIGNPOST)}$"]
         model._keys_to_ignore_on_load_missing = _Patterns((*(model._keys_to_ignore_on_load_missing or ()), *missing))
         model._keys_to_ignore_on_load_unexpected = _Patterns(
@@ -103,7 +109,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        unpack(model, encodings_from(self.quantization_config.encodings))
+        unpack(model, encodings_from(self.quantization_config.encodings), self.followers)
         for name, module in model.named_modules():
             if not isinstance(module, MPOModule):
                 continue
@@ -126,7 +132,9 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, MPOModule) and module.tied_to is not None:
                 for k in range(module.sites.sites):
                     state.pop(f"{name}.core_{k}", None)
-        state = packed_state(model, state, self.quantization_config.encodings)
+        encodings = stored_encodings(state, encodings_from(self.quantization_config.encodings))
+        self.quantization_config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
+        state = packed_state(model, state, encodings)
         if self.quantization_config.encodings or any(isinstance(module, MPOModule) for module in model.modules()):
             state[SIGNPOST] = torch.zeros(1)
         return state, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import local_name
-from mpocli.io.encoding import Encoding, Encodings, encode, encoding_of, encodings_from, part_names
+from mpocli.io.encoding import Encoding, Encodings, encode, encoded_names, encoding_of, encodings_from, part_names
 from mpocli.sparse.bits import unpack_sparse
 
 if TYPE_CHECKING:
@@ -23,13 +23,19 @@ def reserve(model: PreTrainedModel, encodings: Encodings, stored: Mapping[str, l
     """Put a bitmask and values in the place of every tensor that is stored so, sized as in the files (`stored`).
 
     Modules that this class lacks (a head, say) are passed over. Returns the encodings of the others, by their names in
-    this class. Raises `InputError` where the model's tensor has another shape.
+    this class. Raises `InputError` where the model's tensor has another shape, and for a bitmask without an encoding.
     """
     by_entry: dict[str, str] = {}
     for key in stored:
         if key.endswith("_bitmask"):
             name = key.removesuffix("_bitmask")
             by_entry[encoding_of(encodings, name) or name] = name
+    for name in sorted(encoded_names(stored)):
+        if encoding_of(encodings, name) is None and local_name(model, name.rpartition(".")[0]) is not None:
+            raise InputError(
+                f"{name} is stored as a bitmask, and config.json has no encoding for it",
+                hint="restore config.json from the directory that mpocli wrote",
+            )
     local: dict[str, Encoding] = {}
     for name, encoding in encodings.items():
         owner, _, leaf = name.rpartition(".")
@@ -64,9 +70,32 @@ def reserve(model: PreTrainedModel, encodings: Encodings, stored: Mapping[str, l
     return local
 
 
+def postpone_ties(model: PreTrainedModel, encodings: Encodings, has_own: Callable[[str], bool]) -> dict[str, str]:
+    """Take the ties of sparse tensors off a model, which transformers would tie before they are unpacked.
+
+    An encoder's sparse table may load into a class that ties its head to it. Returns {follower: sparse tensor};
+    what the files hold apart (`has_own`) stays apart, as transformers does it.
+    """
+    kept: dict[str, str] = {}
+    followers: dict[str, str] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        sparse = [name for name in (source, target) if name in encodings]
+        if not sparse:
+            kept[target] = source
+        elif len(sparse) == 1:
+            other = target if sparse[0] == source else source
+            if not has_own(other.rpartition(".")[0]):
+                followers[other] = sparse[0]
+    model.all_tied_weights_keys = kept
+    return followers
+
+
 @torch.no_grad()
-def unpack(model: PreTrainedModel, encodings: Encodings) -> None:
-    """Make the dense tensors out of what was loaded. Raises `InputError` where it is missing or contradictory."""
+def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str, str]) -> None:
+    """Make the dense tensors out of what was loaded, and tie the `followers` of each to it.
+
+    Raises `InputError` where it is missing or contradictory.
+    """
     for name, encoding in encodings.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -89,14 +118,40 @@ def unpack(model: PreTrainedModel, encodings: Encodings) -> None:
         parameter = nn.Parameter(dense)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(module, leaf, parameter)
+    for follower, name in followers.items():
+        owner, _, leaf = follower.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **followers}
+    if encodings:
+        model.register_load_state_dict_pre_hook(_unpack_state)
+
+
+def _unpack_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`, by which HF's Trainer goes back to one of its checkpoints."""
+    parameters = dict(model.named_parameters(prefix.removesuffix("."), remove_duplicate=False))
+    for name in encoded_names(state) & parameters.keys():
+        bits, values = (state.pop(part) for part in part_names(name))
+        state[name] = unpack_sparse(bits, values, parameters[name].shape)
+
+
+def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
+    """Of what there is to save: a model's layers may have been removed, its vocabulary resized."""
+    return {name: Encoding(tuple(state[name].shape), e.pattern) for name, e in encodings.items() if name in state}
 
 
 def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Iterable[str]) -> dict[str, Any]:
-    """A state dict with bitmask and values in the place of the tensors that `encodings` names."""
+    """A state dict with bitmask and values in the place of the tensors that `encodings` names, and what is tied to
+    them left out."""
     names = set(encodings)
+    owners = {(state[name].device, state[name].data_ptr()) for name in names}
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = {*ties.keys(), *ties.values()}
     packed: dict[str, Any] = {}
     for name, tensor in state.items():
-        packed |= encode(name, tensor) if name in names else {name: tensor}
+        if name in names:
+            packed |= encode(name, tensor)
+        elif name not in tied or (tensor.device, tensor.data_ptr()) not in owners:
+            packed[name] = tensor
     return packed
 
 
@@ -150,4 +205,4 @@ class _Masked:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         self.mask = self.mask.to(gradient.device)
-        return gradient * self.mask
+        return torch.where(self.mask, gradient, gradient.new_zeros(()))  # no product: it may be infinite

@@ -122,8 +122,9 @@ class CheckpointReader:
             dense = TensorSpec(name, values.dtype, shape)
             if bits.dtype != torch.uint8 or bits.numel != -(-dense.numel // 8) or len(values.shape) != 1:
                 raise InputError(
-                    f"{self.directory}: the bitmask of {name} has {bits.numel} bytes, shape "
-                    f"{'x'.join(map(str, shape))} needs {-(-dense.numel // 8)}",
+                    f"{self.directory}: the bitmask of {name} has {bits.numel} elements of {bits.dtype} and values of "
+                    f"shape {values.shape}, shape {'x'.join(map(str, shape))} needs {-(-dense.numel // 8)} bytes and "
+                    "a list",
                     hint="config.json and the weights belong to different checkpoints",
                 )
             self.specs[name], self.encoded[name], self.kept_values[name] = dense, entry, values.numel

@@ -29,9 +29,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MAX_LENGTH = 64
 SEEDS = (1, 2)
-# PST trains small factors from zero, which take larger steps than pretrained weights.
-RATES = {"dense": (5e-5, 1e-4, 2e-4), "magnitude": (5e-5, 1e-4, 2e-4), "movement": (5e-5, 1e-4, 2e-4)}
-RATES["pst"] = (3e-4, 1e-3, 3e-3)
+RATES = (5e-5, 1e-4, 2e-4)
 TRAINED = ("magnitude", "movement", "pst")
 
 
@@ -88,13 +86,9 @@ class Table:
             return float(report["metrics"][metric])
 
         with ThreadPoolExecutor(self.options.parallel) as pool:
-            jobs = {
-                (*cell, rate): pool.submit(self.trained, *cell, rate, SEEDS[0])
-                for cell in cells
-                for rate in RATES[cell[0]]
-            }
+            jobs = {(*cell, rate): pool.submit(self.trained, *cell, rate, SEEDS[0]) for cell in cells for rate in RATES}
             tuned = {key: job.result() for key, job in jobs.items()}
-            best = {cell: max(RATES[cell[0]], key=lambda rate: quality(tuned[*cell, rate])) for cell in cells}
+            best = {cell: max(RATES, key=lambda rate: quality(tuned[*cell, rate])) for cell in cells}
             rest = {
                 (*cell, seed): pool.submit(self.trained, *cell, best[cell], seed)
                 for seed in SEEDS[1:]
