@@ -19,7 +19,7 @@ from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_opt
 from mpocli.methods.sparsify_plan import Kept, plan
 from mpocli.methods.sparsify_write import SparseTensor, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.student import load_student
-from mpocli.methods.task_data import evaluate, prepare
+from mpocli.methods.task_data import check_trained_head, evaluate, prepare
 
 Progress = Callable[[int, int, str], None]
 
@@ -107,7 +107,7 @@ def run(
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     checkpoint.totals()  # names what files and config disagree about, before any work
     targets, kept = plan(checkpoint, config)
-    before = _measure(checkpoint, config)
+    before = _measure(checkpoint, config, "eval")
     warnings: list[str] = []
     if config.method in CALIBRATED:
         pruned = prune_by_activations(checkpoint, config, targets, device, progress=progress, warn=warnings.append)
@@ -117,23 +117,25 @@ def run(
     with output_directory(out) as work:
         totals, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
         written = Checkpoint.open(str(work), trust_remote_code=config.trust_remote_code)
-        after = _measure(written, config)
+        after, tested = (_measure(written, config, split) for split in ("eval", "test"))
     return replace(
         _report(str(out), config, checkpoint, tensors, tuple(kept), totals),
         seconds=time.perf_counter() - started,
         metrics=after,
         metrics_before=before,
+        test_metrics=tested,
         warnings=tuple(warnings),
     )
 
 
-def _measure(checkpoint: Checkpoint, config: SparsifyConfig) -> dict[str, float]:
-    """On the evaluation set, where one is named."""
-    if config.data is None or not config.data.eval:
+def _measure(checkpoint: Checkpoint, config: SparsifyConfig, split: str) -> dict[str, float]:
+    """On the evaluation or test set, where one is named. Raises `InputError` for a head that was never trained."""
+    if config.data is None or not getattr(config.data, split):
         return {}
     data = prepare(checkpoint, config.data)
+    check_trained_head(checkpoint, data)
     model = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code).to(device_of(config.device))
-    return evaluate(model, data, config.data)
+    return evaluate(model, data, config.data, split=split)
 
 
 def _report(

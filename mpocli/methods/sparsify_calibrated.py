@@ -97,7 +97,9 @@ def calibration_batches(checkpoint: Checkpoint, config: SparsifyConfig) -> Batch
     assert chosen is not None
     if config.data is not None and config.data.task != "lm":
         data = prepare(checkpoint, replace(config.data, train=chosen.source, eval=(), test=None), needs_train=True)
-        return data.sample(_BATCH, -(-chosen.samples // _BATCH), seed, torch.device("cpu"))
+        batches = data.sample(_BATCH, -(-chosen.samples // _BATCH), seed, torch.device("cpu"))
+        room = chosen.samples - _BATCH * (len(batches) - 1)
+        return [*batches[:-1], {key: value[:room] for key, value in batches[-1].items()}]
     return _text_batches(checkpoint, chosen, config, seed)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -51,10 +52,16 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
+@torch.no_grad()
 def fold_masks(model: nn.Module, places: Sequence[Place]) -> None:
-    """Make all masked weights the weights themselves."""
-    for place in places:
-        fold_mask(model.get_submodule(place.module), place.leaf)
+    """Make all masked weights the weights themselves.
+
+    All are computed before the first is folded: under one threshold a mask depends on the weights of the others.
+    """
+    modules = [model.get_submodule(place.module) for place in places]
+    masked = [getattr(module, place.leaf).detach() for module, place in zip(modules, places, strict=True)]
+    for module, place, weight in zip(modules, places, masked, strict=True):
+        fold_mask(module, place.leaf).copy_(weight)
 
 
 class SparsitySteps(TrainerCallback):  # type: ignore[misc]
