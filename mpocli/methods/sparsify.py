@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpocli.errors import InputError
+from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
@@ -20,6 +20,7 @@ from mpocli.methods.sparsify_plan import Kept, plan
 from mpocli.methods.sparsify_write import SparseTensor, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.student import load_student
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare
+from mpocli.train.models import load_tokenizer
 
 Progress = Callable[[int, int, str], None]
 
@@ -101,7 +102,7 @@ def run(
             is_writer=trained.is_writer,
         )
     if resume:
-        raise InputError("--resume: pruning once leaves nothing to resume", hint="run without it")
+        raise UsageError("--resume: pruning at once leaves nothing to resume", hint="run without it")
     device = device_of(config.device)
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
@@ -115,6 +116,8 @@ def run(
     else:
         prune = magnitude_pruner(checkpoint, config, targets)
     with output_directory(out) as work:
+        if config.data is not None and config.data.tokenizer:
+            load_tokenizer(checkpoint.source.directory, config.data.tokenizer).save_pretrained(work)
         totals, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
         written = Checkpoint.open(str(work), trust_remote_code=config.trust_remote_code)
         after, tested = (_measure(written, config, split) for split in ("eval", "test"))

@@ -44,6 +44,9 @@ def prune_by_activations(
     """
     assert config.calibration is not None
     batches = calibration_batches(checkpoint, config)
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    if rows < config.calibration.samples:
+        warn(f"--samples {config.calibration.samples}: {config.calibration.source} has {rows} alone")
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     model = cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
     # What a decoder reads are the labels, shifted; others would only be turned into a loss.

@@ -79,7 +79,8 @@ def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], 
         else:
             kept.append(Kept(weight.name, weight.role, reason))
     if not targets:
-        why = f": {kept[0].name}: {kept[0].reason}" if kept else ""
+        roles = ",".join(config.layers or DEFAULT_ROLES)
+        why = f": {kept[0].name}: {kept[0].reason}" if kept else f" among {roles}"
         raise InputError(f"{checkpoint.source.name}: no matrix to prune{why}", hint="see --layers and --target")
     return targets, kept
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def run(
     student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
     teacher = distillation_of(config, data, checkpoint)
     dense = sum(parameter.numel() for parameter in student.parameters())
-    places = [_place(student, target) for target in targets]
+    sparse_before = sparse_encodings(student)
+    places = [_place(student, target, sparse_before) for target in targets]
     state.wait_for_everyone()  # all have looked for an interrupted run before one begins
     with (
         reports_beside(out, config.optimisation.report_to),
@@ -135,7 +136,7 @@ def run(
             tells(steps, steps, "evaluating")
         after = evaluate(student, data, options)
         sparse = {place.name: Encoding(target.shape, str(config.pattern)) for target, place in _pairs(targets, places)}
-        kept = sparse_encodings(student) | sparse
+        kept = sparse_before | sparse
         set_encodings(student, kept if config.storage == "bitmask" else {})
         with output_directory(out) as work:
             if options.tokenizer:
@@ -163,8 +164,9 @@ def _pairs(targets: Sequence[Target], places: Sequence[Place]) -> zip[tuple[Targ
     return zip(targets, places, strict=True)
 
 
-def _place(model: Any, target: Target) -> Place:
-    return Place(local_name(model, target.module) or target.module, target.leaf, target.layout)
+def _place(model: Any, target: Target, sparse: Mapping[str, Encoding]) -> Place:
+    module = local_name(model, target.module) or target.module
+    return Place(module, target.leaf, target.layout, is_sparse=f"{module}.{target.leaf}" in sparse)
 
 
 def _kinds(model: Any, masked: dict[str, MaskedWeight], *, is_classifier: bool) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -50,11 +51,19 @@ class MaskedWeight(nn.Module):
     For linear layers (`matrix`), GPT-2's Conv1D (`transposed`: it stores Wᵀ) and cores (`core`: (left·out) ×
     (in·right)). The mask is computed when a parameter or the sparsity has changed since the last time, so once an
     optimiser step and never again in evaluation. Scores and masks are float32 whatever autocast says. `sparsity` is a
-    buffer: it is in every state dict.
+    buffer: it is in every state dict. With `keep_zeros` the zeros that the weight has are the first to be pruned, and
+    stay so.
     """
 
     def __init__(
-        self, weight: Tensor, layout: Layout, scoring: Scoring, pattern: Pattern, *, seed: int | None = None
+        self,
+        weight: Tensor,
+        layout: Layout,
+        scoring: Scoring,
+        pattern: Pattern,
+        *,
+        seed: int | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         super().__init__()
         self.layout, self.scoring, self.pattern = layout, scoring, pattern
@@ -80,6 +89,9 @@ class MaskedWeight(nn.Module):
         self.full = zeros(rows, columns) if scoring.full else None
         self.sparsity: Tensor
         self.register_buffer("sparsity", torch.zeros((), dtype=torch.float64))
+        zero = self.to_matrix(weight.detach()) == 0 if keep_zeros else None
+        self.zero: Tensor | None
+        self.register_buffer("zero", zero, persistent=False)
         self.group: MaskGroup | None = None
         self._mask: Tensor | None = None
         self._state: tuple[object, ...] | None = None
@@ -121,7 +133,7 @@ class MaskedWeight(nn.Module):
     def state(self, weight: Tensor) -> tuple[object, ...]:
         """Equal as long as the mask is the same. In-place changes count up a tensor's version."""
         versions = (p._version for p in self.parameters())
-        return (self._steps, float(self.sparsity), id(weight), weight._version, *versions)
+        return (self._steps, self.sparsity._version, id(weight), weight._version, *versions)
 
     def step(self, sparsity: float) -> None:
         """An optimiser step was made, after which so much is to be sparse. Fused optimisers count no versions up."""
@@ -134,18 +146,27 @@ class MaskedWeight(nn.Module):
         if self.pattern.group is not None and self.pattern.keep is not None:
             pruned = min(zeros_in(self.pattern.group, sparsity), self.pattern.group - self.pattern.keep)
             if not pruned:
-                return None
+                return None if self.zero is None else ~self.zero
             self.computed += 1
             return n_of_m_mask(self.scores(weight), self.pattern.group - pruned, self.pattern.group)
-        zeros = zeros_in(rows * columns, sparsity)
+        zeros = max(zeros_in(rows * columns, sparsity), self.zeros())
         if not zeros:
             return None
         self.computed += 1
         return smallest_mask(self.scores(weight), zeros)
 
+    def zeros(self) -> int:
+        """How many entries are pruned whatever the schedule says."""
+        return 0 if self.zero is None else int(self.zero.sum())
+
     @torch.no_grad()
     def scores(self, weight: Tensor, *, centred: bool = False) -> Tensor:
-        """S (O, I). `centred` takes the mean off what was learnt, so that matrices can be compared."""
+        """S (O, I), −∞ where a zero is to stay. `centred` takes the mean off what was learnt, so that matrices can be
+        compared."""
+        scores = self._scores(weight, centred=centred)
+        return scores if self.zero is None else scores.masked_fill(self.zero, -math.inf)
+
+    def _scores(self, weight: Tensor, *, centred: bool) -> Tensor:
         scoring, matrix = self.scoring, self.to_matrix(weight)
         learnt: Tensor | None = self.full
         if self.a is not None and self.b is not None:
@@ -186,7 +207,7 @@ class MaskGroup:
         state = tuple(masked.state(weight) for masked, weight in pairs)
         if state != self._state:
             count = sum(weight.numel() for _, weight in pairs)
-            zeros = zeros_in(count, float(of.sparsity))
+            zeros = max(zeros_in(count, float(of.sparsity)), sum(masked.zeros() for masked, _ in pairs))
             if zeros:
                 masks = global_masks([masked.scores(weight, centred=True) for masked, weight in pairs], zeros)
                 self._masks = {id(masked): mask for (masked, _), mask in zip(pairs, masks, strict=True)}
@@ -198,12 +219,19 @@ class MaskGroup:
 
 
 def mask_weight(
-    module: nn.Module, leaf: str, layout: Layout, scoring: Scoring, pattern: Pattern, *, seed: int | None = None
+    module: nn.Module,
+    leaf: str,
+    layout: Layout,
+    scoring: Scoring,
+    pattern: Pattern,
+    *,
+    seed: int | None = None,
+    keep_zeros: bool = False,
 ) -> MaskedWeight:
     """Put a weight of a module under a mask. Optimisers must be built afterwards; the weight is frozen where the update
     is low-rank."""
     weight = cast(nn.Parameter, getattr(module, leaf))
-    masked = MaskedWeight(weight, layout, scoring, pattern, seed=seed)
+    masked = MaskedWeight(weight, layout, scoring, pattern, seed=seed, keep_zeros=keep_zeros)
     weight.requires_grad_(scoring.rank == 0)
     parametrize.register_parametrization(module, leaf, masked, unsafe=True)
     return masked

@@ -16,11 +16,12 @@ from mpocli.sparse import CubicSchedule, Pattern
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor that gets a mask: module, its leaf, and how it is read as a matrix."""
+    """A tensor that gets a mask: module, its leaf, how it is read as a matrix, and whether it is sparse already."""
 
     module: str
     leaf: str
     layout: Layout
+    is_sparse: bool = False
 
     @property
     def name(self) -> str:
@@ -38,7 +39,9 @@ def put_masks(
     for number, place in enumerate(places):
         module = model.get_submodule(place.module)
         own_seed = seed * 1_000_003 + number
-        masked[place.name] = mask_weight(module, place.leaf, place.layout, scoring, pattern, seed=own_seed)
+        masked[place.name] = mask_weight(
+            module, place.leaf, place.layout, scoring, pattern, seed=own_seed, keep_zeros=place.is_sparse
+        )
     if together:
         owners = [holder(model.get_submodule(place.module), place.leaf) for place in places]
         MaskGroup(list(zip(masked.values(), owners, strict=True)))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpocli.mpo import MPO, SiteShape
 from mpocli.nn import MPOLinear
-from mpocli.nn.masked import MaskGroup, MaskedWeight, Scoring, fold_mask, holder, mask_weight
+from mpocli.nn.masked import MaskedWeight, MaskGroup, Scoring, fold_mask, holder, mask_weight
 from mpocli.sparse import Pattern, zeros_in
 
 ROWS, COLUMNS = 10, 12
@@ -195,7 +195,7 @@ def test_masks_follow_what_training_changed() -> None:
 
 def test_sparsity_is_part_of_the_state() -> None:
     """Fault M7: as a plain attribute it is lost on resuming."""
-    layer, masked = masked_linear(CASES["pst"], 0.7)
+    layer, _ = masked_linear(CASES["pst"], 0.7)
     assert float(layer.state_dict()["parametrizations.weight.0.sparsity"]) == 0.7
     other, _ = masked_linear(CASES["pst"], 0.0, seed=3)
     other.load_state_dict(layer.state_dict())
@@ -314,3 +314,23 @@ def test_only_parameters_and_bits_are_kept_for_the_backward_pass() -> None:
     extra = [tensor for tensor in saved if tensor.data_ptr() not in owned]
     assert sum(tensor.nbytes for tensor in extra) == ROWS * COLUMNS // 8
     assert masked.mask(holder(layer, "weight").original) is not None
+
+
+@pytest.mark.parametrize("method", ["pst", "magnitude", "movement"])
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.0, 40), (0.2, 40), (0.5, 60)])
+def test_zeros_that_were_there_before_stay(method: str, sparsity: float, zeros: int) -> None:
+    """And count among those that are asked for."""
+    torch.manual_seed(0)
+    layer = nn.Linear(COLUMNS, ROWS)
+    with torch.no_grad():
+        layer.weight.reshape(-1)[torch.randperm(120)[:40]] = 0
+    before = layer.weight.detach() == 0
+    scoring = Scoring.of(method)
+    masked = mask_weight(layer, "weight", "matrix", scoring, Pattern(), seed=0, keep_zeros=True)
+    masked.step(sparsity)
+    with torch.no_grad():
+        for parameter in masked.parameters():
+            parameter.normal_()
+        if scoring.rank == 0:
+            holder(layer, "weight").original.add_(0.1)
+    assert int((layer.weight == 0).sum()) == zeros and bool((layer.weight == 0)[before].all())

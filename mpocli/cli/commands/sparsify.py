@@ -173,6 +173,23 @@ def command(
     train_.check_length(epochs, steps, save_steps)
     train_.check_distillation(distill_weight, temperature)
     train_.check_positive("--score-lr", score_lr)
+    learnt = {
+        "--weight-rank": weight_rank != 8,
+        "--weight-beta": weight_beta != 1,
+        "--mask-rank": mask_rank != 8,
+        "--mask-alpha1": mask_alpha1 != 1,
+        "--mask-alpha2": mask_alpha2 != 1,
+        "--detach-magnitude": detach_magnitude,
+        "--faithful": faithful,
+    }
+    trained = {
+        "--score-lr": score_lr is not None,
+        "--initial-sparsity": initial_sparsity != 0,
+        "--initial-warmup": initial_warmup != 0.1,
+        "--final-warmup": final_warmup != 0.3,
+    }
+    _refuse(learnt, method != "pst", f"--method {method}: it learns no such thing")
+    _refuse(trained, train is None, "no --train: nothing is trained")
     calibration = _calibration(calibrate, samples, seq_len)
     scoring = _scoring(
         method, weight_rank, weight_beta, mask_rank, mask_alpha1, mask_alpha2, detach_magnitude=detach_magnitude
@@ -268,6 +285,13 @@ def command(
         render.print_json("sparsify", report)
     else:
         _show(report)
+
+
+def _refuse(given: dict[str, bool], unused: bool, why: str) -> None:
+    """`UsageError` for the first option that would be passed over in silence."""
+    option = next((option for option, is_given in given.items() if is_given), None)
+    if unused and option is not None:
+        raise UsageError(f"{option} with {why}", hint=f"leave {option} out")
 
 
 def _pattern(text: str) -> Pattern:
