@@ -2,6 +2,20 @@
 
 from mpocli.nn.cores import TOMBSTONE, MPOModule, Update
 from mpocli.nn.embedding import MPOEmbedding
+from mpocli.nn.experts import DenseExperts, MPOExperts, attach_router
 from mpocli.nn.linear import MPOLinear
+from mpocli.nn.router import Router, RouterOptions, Shared
 
-__all__ = ["TOMBSTONE", "MPOEmbedding", "MPOLinear", "MPOModule", "Update"]
+__all__ = [
+    "TOMBSTONE",
+    "DenseExperts",
+    "MPOEmbedding",
+    "MPOExperts",
+    "MPOLinear",
+    "MPOModule",
+    "Router",
+    "RouterOptions",
+    "Shared",
+    "Update",
+    "attach_router",
+]
