@@ -42,6 +42,12 @@ MAX_SITES = 12
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def given(context: typer.Context) -> set[str]:
+    """The parameters that stand on the command line, whatever their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def parse_bytes(text: str, option: str) -> int:
     """`5GB`, `300MiB` or `1000` as bytes; `UsageError` for anything else.
 

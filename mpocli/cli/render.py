@@ -110,6 +110,11 @@ def ratio(after: int, before: int) -> str:
     return f"{after / before:.3f}" if before else ""
 
 
+def metric(value: float) -> str:
+    """Four decimals, or three digits of what is too large for them (perplexities of broken models)."""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
 def error(value: float | None) -> str:
     if value is None:
         return "?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -77,6 +78,11 @@ class Checkpoint:
     @property
     def is_mpo(self) -> bool:
         return self.manifest is not None and bool(self.manifest.modules)
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """How tokens find their experts, empty where there are none."""
+        return self.manifest.routing if self.manifest else {}
 
     @property
     def encodings(self) -> dict[str, Encoding]:
@@ -207,6 +213,7 @@ def write_trained(
     stored = source.stored_dtype
     with _parameters_in(model, stored):
         model.save_pretrained(work, max_shard_size=max_shard_bytes)
+    _readable(work)
     saved = Checkpoint.open(str(work), trust_remote_code=source.trust_remote_code)
     roles = {member.name: weight.role for weight in saved.survey.weights for member in weight.members}
     modules = saved.manifest.modules if saved.manifest else ()
@@ -214,11 +221,20 @@ def write_trained(
         base_model=source.base_model(),
         modules=tuple(replace(entry, role=roles.get(entry.name), dtype=dtype_name(stored)) for entry in modules),
         encodings=saved.encodings,
+        routing=saved.routing,
         totals=saved.totals(),
         history=source.history(command, options, seed, metrics, more),
     )
     write_surroundings(work, source, manifest, config_json=saved.config_json)
     return saved.totals()
+
+
+def _readable(work: Path) -> None:
+    """As any file that is created here: some releases of safetensors write for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in work.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,11 @@ _RESTORE = "restore config.json and mpo.json from the directory that mpocli wrot
 class MPOSpec:
     """What must be known of one decomposed weight to build its module: the entry in `config.json`.
 
-    `tied_to` names the module whose cores it shares (a tied head), `scale` is a factor on embedding rows.
+    `tied_to` names the module whose cores it shares (a tied head), `scale` is a factor on embedding rows. With
+    `experts` it is one linear layer of so many networks: `share` says whether the central core is one for all
+    (`central`), each has its own (`none`), or they are dense matrices (`dense`: no cores, dims (O,1)x(1,I), bonds 1);
+    `place` whether it is one of a network's first layers (`in`) or its last (`out`), and `router` names the layer that
+    holds the router, None for itself.
     """
 
     kind: str  # linear | conv1d | embedding
@@ -36,6 +41,10 @@ class MPOSpec:
     bond_dims: tuple[int, ...]
     tied_to: str | None = None
     scale: float = 1.0
+    experts: int = 0
+    share: str = "central"
+    place: str = "in"
+    router: str | None = None
 
     @property
     def sites(self) -> SiteShape:
@@ -43,19 +52,41 @@ class MPOSpec:
 
     @property
     def params(self) -> int:
-        """Elements of the cores; none of its own for a tied module."""
-        return 0 if self.tied_to else self.sites.num_params(self.bond_dims)
+        """Elements of all that is stored for it, a router's too; none of its own for a tied module."""
+        return 0 if self.tied_to else sum(math.prod(shape) for shape in self.stored_shapes().values())
+
+    @property
+    def central_params(self) -> int:
+        """Of the central core, or of all experts' where they share none."""
+        shape = self.core_shapes().get(f"core_{self.sites.central}")
+        return math.prod(shape) if shape else 0
+
+    @property
+    def auxiliary_params(self) -> int:
+        return sum(math.prod(shape) for shape in self.core_shapes().values()) - self.central_params
 
     @property
     def dense_params(self) -> int:
         return 0 if self.tied_to else self.shape[0] * self.shape[1]
 
-    def core_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        bonds = self.bond_dims
-        return {
-            f"core_{k}": (bonds[k], out, in_, bonds[k + 1])
-            for k, (out, in_) in enumerate(zip(self.out_dims, self.in_dims, strict=True))
-        }
+    def core_shapes(self) -> dict[str, tuple[int, ...]]:
+        """(left bond, out, in, right bond), with the experts before it where each has its own; none if dense."""
+        if self.share == "dense":
+            return {}
+        bonds, shapes = self.bond_dims, {}
+        for k, (out, in_) in enumerate(zip(self.out_dims, self.in_dims, strict=True)):
+            is_own = self.experts and (self.share == "none" or k != self.sites.central)
+            shapes[f"core_{k}"] = (*((self.experts,) if is_own else ()), bonds[k], out, in_, bonds[k + 1])
+        return shapes
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the files hold for it, by its name below the module's, but for bias and tombstone."""
+        shapes: dict[str, tuple[int, ...]] = dict(self.core_shapes())
+        if self.share == "dense":
+            shapes["weight"] = (self.experts, *self.shape)
+        if self.experts and self.router is None:
+            shapes |= {"router.weight": (self.experts, self.shape[1]), "router.bias": (self.experts,)}
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -69,6 +100,9 @@ class MPOSpec:
             data["tied_to"] = self.tied_to
         if self.scale != 1.0:
             data["scale"] = self.scale
+        if self.experts:
+            data |= {"experts": self.experts, "share": self.share, "place": self.place}
+            data |= {"router": self.router} if self.router else {}
         return data
 
     @classmethod
@@ -83,6 +117,10 @@ class MPOSpec:
                 bond_dims=tuple(map(int, data["bond_dims"])),
                 tied_to=None if data.get("tied_to") is None else str(data["tied_to"]),
                 scale=float(data.get("scale", 1.0)),
+                experts=int(data.get("experts") or 0),
+                share=str(data.get("share", "central")),
+                place=str(data.get("place", "in")),
+                router=None if data.get("router") is None else str(data["router"]),
             )
             sites = spec.sites
         except InputError as error:
@@ -95,6 +133,11 @@ class MPOSpec:
         if len(spec.bond_dims) != sites.sites + 1 or spec.kind not in ("linear", "conv1d", "embedding"):
             raise InputError(
                 f"module {name}: kind {spec.kind!r} with {len(spec.bond_dims)} bond dimensions for {sites.sites} sites",
+                hint="this checkpoint needs a newer mpocli, or its config.json was edited",
+            )
+        if spec.share not in ("central", "none", "dense") or spec.place not in ("in", "out") or spec.experts < 0:
+            raise InputError(
+                f"module {name}: {spec.experts} experts that share {spec.share!r}, as a layer {spec.place!r}",
                 hint="this checkpoint needs a newer mpocli, or its config.json was edited",
             )
         if spec.bond_dims[0] != 1 or spec.bond_dims[-1] != 1 or min(spec.bond_dims) < 1:
@@ -145,6 +188,10 @@ class ModuleEntry:
             "tensors": {core: {"encoding": "dense", "dtype": self.dtype} for core in spec.core_shapes()},
             "tied_to": spec.tied_to,
             "scale": spec.scale,
+            "experts": spec.experts,
+            "share": spec.share,
+            "place": spec.place,
+            "router": spec.router,
             "shared_central": self.shared_central,
             "mask": self.mask,
         }
@@ -197,12 +244,14 @@ class Totals:
 class Manifest:
     """Everything `mpo.json` says. No clock, host name or absolute path: equal runs give equal bytes.
 
-    `encodings` are the tensors (dense weights, cores) that the files do not hold as they are, by name.
+    `encodings` are the tensors (dense weights, cores) that the files do not hold as they are, by name; `routing` how
+    tokens find their experts, empty where there are none.
     """
 
     base_model: dict[str, Any] = field(default_factory=dict)
     modules: tuple[ModuleEntry, ...] = ()
     encodings: dict[str, Encoding] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
     totals: Totals | None = None
     history: tuple[dict[str, Any], ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -228,6 +277,7 @@ class Manifest:
             "totals": asdict(self.totals) if self.totals else None,
             "modules": [self._module(entry) for entry in self.modules],
             "encodings": {name: entry.to_dict() for name, entry in sorted(self.encodings.items())},
+            "routing": self.routing,
             "history": list(self.history),
             "files": dict(sorted(self.files.items())),
         }
@@ -254,6 +304,8 @@ class Manifest:
         }
         if self.encodings:
             data["encodings"] = {name: entry.to_dict() for name, entry in sorted(self.encodings.items())}
+        if self.routing:
+            data["routing"] = self.routing
         return data
 
 
@@ -298,13 +350,14 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
     ours = quantization.get("quant_method") == QUANT_METHOD
     described = specs_from_config(quantization) if ours else None
     encodings = encodings_from(quantization.get("encodings") or {}) if ours else {}
+    routing = dict(quantization.get("routing") or {}) if ours else {}
     path = directory / MANIFEST
     if not path.is_file():
         if described is None:
             return None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         entries = tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items())
-        return Manifest(modules=entries, encodings=encodings)
+        return Manifest(modules=entries, encodings=encodings, routing=routing)
     data = read_json(path)
     check_schema(MANIFEST, data.get("schema_version"))
     if data.get("format") != FORMAT:
@@ -315,6 +368,7 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
             base_model={str(key): value and str(value) for key, value in dict(data.get("base_model") or {}).items()},
             modules=tuple(ModuleEntry.from_dict(entry) for entry in data.get("modules") or ()),
             encodings=encodings_from(data.get("encodings") or {}),
+            routing=dict(data.get("routing") or {}),
             totals=totals,
             history=tuple(
                 {**entry, "command": str(entry["command"]), "options": dict(entry["options"])}
@@ -338,6 +392,11 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
                 f"{directory}: {MANIFEST} and config.json disagree about module {name}",
                 hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
             )
+    if manifest.routing != routing:
+        raise InputError(
+            f"{directory}: {MANIFEST} and config.json disagree about how tokens are routed",
+            hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
+        )
     for name in sorted(manifest.encodings.keys() | encodings.keys()):
         if manifest.encodings.get(name) != encodings.get(name):
             raise InputError(

@@ -23,6 +23,7 @@ class DecomposeReport:
     totals: Totals
     before: Totals
     modules: tuple[ModuleReport, ...]
+    filled: int = 0  # sparse matrices whose zeros are gone, since they became MPOs
     base_model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "AutoModel"
 
@@ -64,6 +65,7 @@ def run(
                 base_model=checkpoint.base_model(),
                 modules=entries,
                 encodings=worker.encodings,
+                routing=checkpoint.routing,
                 totals=totals,
                 history=checkpoint.history("decompose", config.recorded(), config.seed),
             )
@@ -75,6 +77,7 @@ def run(
         totals=totals,
         before=checkpoint.totals(),
         modules=worker.reports(),
+        filled=len(checkpoint.encodings) - len(worker.encodings),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
     )

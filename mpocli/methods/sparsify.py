@@ -17,7 +17,7 @@ from mpocli.methods.run_directory import begin
 from mpocli.methods.sparsify_calibrated import prune_by_activations
 from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_options
 from mpocli.methods.sparsify_plan import Kept, plan
-from mpocli.methods.sparsify_write import SparseTensor, given_pruner, magnitude_pruner, write_sparse
+from mpocli.methods.sparsify_write import SparseTensor, add_metrics, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.student import load_student
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare
 from mpocli.train.models import load_tokenizer
@@ -29,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 class SparsifyReport:
     """What became sparse. `sparsity` = zeros / entries of the pruned tensors, counted on what is stored.
 
+    `model_zeros` are those of the whole checkpoint, what was sparse before included.
     `tensors` one by one and `kept` those that were selected and could not be pruned; `metrics` on the evaluation set
     after and `metrics_before`, `{}` without one. `trainable_params` is what the optimiser held, by kind in
     `trainable_by_kind`, and `dense_and_scores` the parameters of the model and a score for every entry: what movement
@@ -44,6 +45,7 @@ class SparsifyReport:
     sparsity: float
     zeros: int
     entries: int
+    model_zeros: int
     tensors: tuple[SparseTensor, ...]
     kept: tuple[Kept, ...]
     totals_before: Totals
@@ -60,6 +62,7 @@ class SparsifyReport:
     resumed_from: int = 0
     truncated: dict[str, int] | None = None
     warnings: tuple[str, ...] = ()
+    architecture: str = "AutoModel"
     is_writer: bool = True
 
 
@@ -108,7 +111,7 @@ def run(
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     checkpoint.totals()  # names what files and config disagree about, before any work
     targets, kept = plan(checkpoint, config)
-    before = _measure(checkpoint, config, "eval")
+    before = _measure(checkpoint, config, "eval", progress)
     warnings: list[str] = []
     if config.method in CALIBRATED:
         pruned = prune_by_activations(checkpoint, config, targets, device, progress=progress, warn=warnings.append)
@@ -118,11 +121,13 @@ def run(
     with output_directory(out) as work:
         if config.data is not None and config.data.tokenizer:
             load_tokenizer(checkpoint.source.directory, config.data.tokenizer).save_pretrained(work)
-        totals, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
+        manifest, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
         written = Checkpoint.open(str(work), trust_remote_code=config.trust_remote_code)
-        after, tested = (_measure(written, config, split) for split in ("eval", "test"))
+        after, tested = (_measure(written, config, split, progress) for split in ("eval", "test"))
+        if after:
+            add_metrics(work, checkpoint, manifest, after)
     return replace(
-        _report(str(out), config, checkpoint, tensors, tuple(kept), totals),
+        _report(str(out), config, checkpoint, tensors, tuple(kept), manifest.totals or checkpoint.totals()),
         seconds=time.perf_counter() - started,
         metrics=after,
         metrics_before=before,
@@ -131,10 +136,12 @@ def run(
     )
 
 
-def _measure(checkpoint: Checkpoint, config: SparsifyConfig, split: str) -> dict[str, float]:
+def _measure(checkpoint: Checkpoint, config: SparsifyConfig, split: str, progress: Progress | None) -> dict[str, float]:
     """On the evaluation or test set, where one is named. Raises `InputError` for a head that was never trained."""
     if config.data is None or not getattr(config.data, split):
         return {}
+    if progress:
+        progress(0, 1, "evaluating")
     data = prepare(checkpoint, config.data)
     check_trained_head(checkpoint, data)
     model = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code).to(device_of(config.device))
@@ -162,6 +169,7 @@ def _report(
         sparsity=zeros / entries if entries else 0.0,
         zeros=zeros,
         entries=entries,
+        model_zeros=zeros + _other_zeros(checkpoint, tensors),
         tensors=tensors,
         kept=kept,
         totals_before=before,
@@ -170,4 +178,14 @@ def _report(
         metrics={},
         metrics_before={},
         test_metrics={},
+        architecture=Checkpoint.open(out, trust_remote_code=config.trust_remote_code).architecture
+        if Path(out).is_dir()
+        else checkpoint.architecture,
     )
+
+
+def _other_zeros(checkpoint: Checkpoint, tensors: tuple[SparseTensor, ...]) -> int:
+    """Zeros of what was sparse before and was not pruned now."""
+    reader, pruned = checkpoint.reader, {tensor.name for tensor in tensors}
+    others = [key for key, entry in reader.encoded.items() if entry not in pruned and key not in pruned]
+    return sum(reader.specs[key].numel - reader.kept_values[key] for key in others)

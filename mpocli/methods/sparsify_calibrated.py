@@ -15,13 +15,15 @@ from mpocli.hf.calibration import Inputs, sequential
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.methods.sparsify_config import Calibration, SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
-from mpocli.methods.task_data import prepare
+from mpocli.methods.task_data import positions, prepare
+from mpocli.mpo.linalg import check_finite
 from mpocli.nn import MPOModule
-from mpocli.sparse import n_of_m_mask, rowwise_mask
+from mpocli.sparse import rowwise_mask
 from mpocli.sparse.one_shot import core_gram, sparsegpt, wanda_scores
 from mpocli.train.data import read_text
 from mpocli.train.encode import collate, lm_windows, pad_id
-from mpocli.train.models import load_tokenizer
+from mpocli.train.models import family_of, load_tokenizer
+from mpocli.train.tasks import task_named
 
 Progress = Callable[[int, int, str], None]
 Batches = list[dict[str, Tensor]]
@@ -46,7 +48,9 @@ def prune_by_activations(
     batches = calibration_batches(checkpoint, config)
     rows = sum(len(batch["input_ids"]) for batch in batches)
     if rows < config.calibration.samples:
-        warn(f"--samples {config.calibration.samples}: {config.calibration.source} has {rows} alone")
+        warn(f"--samples {config.calibration.samples}: {config.calibration.source} gives {rows}")
+    for target in targets:  # a broken weight is told as such, and not by what it makes of activations
+        check_finite(checkpoint.reader.read(target.key), target.key)
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     model = cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
     # What a decoder reads are the labels, shifted; others would only be turned into a loss.
@@ -54,7 +58,7 @@ def prune_by_activations(
     batches = [{key: value.to(device) for key, value in batch.items() if key not in unread} for batch in batches]
     by_module = {target.module: target for target in targets}
     pruned: dict[str, Tensor] = {}
-    short = 0
+    short: tuple[int, str] | None = None
 
     def visit(name: str, module: nn.Module, inputs: Inputs) -> None:
         nonlocal short
@@ -66,7 +70,9 @@ def prune_by_activations(
             right = [core.detach() for core in module.cores[module.central + 1 :]]
             gram = core_gram(right, gram, module.sites.in_dims, module.central)
             norms = gram.diagonal()
-        short = max(short, len(inputs.squared_norms) - inputs.tokens)
+        inputs_of = len(inputs.squared_norms)
+        if inputs.tokens < inputs_of and (short is None or inputs_of > short[0]):
+            short = inputs_of, f"{name}: {inputs.tokens} calibration tokens for {inputs_of} inputs"
         matrix = target.matrix(parameter.detach())
         with torch.no_grad():
             made = target.stored(_pruned(matrix, norms, gram, config))
@@ -77,8 +83,8 @@ def prune_by_activations(
 
     gram = config.method == "sparsegpt" or any(target.layout == "core" for target in targets)
     sequential(model, batches, list(by_module), visit, gram=gram)
-    if config.method == "sparsegpt" and short > 0:
-        warn(f"{short} calibration tokens fewer than a matrix has inputs: raise --samples or --seq-len")
+    if short is not None:
+        warn(f"{short[1]}: raise --samples or --seq-len")
     return pruned
 
 
@@ -87,10 +93,8 @@ def _pruned(matrix: Tensor, norms: Tensor, gram: Tensor | None, config: Sparsify
         assert gram is not None
         return sparsegpt(matrix, gram, config.sparsity, config.pattern)
     scores = wanda_scores(matrix, norms)
-    if config.pattern.keep is not None and config.pattern.group is not None:
-        mask = n_of_m_mask(scores, config.pattern.keep, config.pattern.group)
-    else:
-        mask = rowwise_mask(scores, config.sparsity)
+    in_rows = config.pattern.group is None
+    mask = rowwise_mask(scores, config.sparsity) if in_rows else config.pattern.mask(scores, 0)
     return torch.where(mask, matrix, matrix.new_zeros(()))
 
 
@@ -114,17 +118,22 @@ def _text_batches(checkpoint: Checkpoint, chosen: Calibration, config: SparsifyC
     column = config.data.text_columns[0] if config.data and config.data.text_columns else None
     text = read_text(chosen.source, text_column=column)
     model_config = checkpoint.config
-    most = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
-    if isinstance(most, int) and most > 0 and chosen.seq_len > most and not model_config.is_encoder_decoder:
-        raise UsageError(f"--seq-len {chosen.seq_len}: the model has {most} positions", hint=f"at most {most}")
-    causal = any(word in checkpoint.architecture for word in ("CausalLM", "LMHead", "GPT"))
-    windows = lm_windows(text, tokenizer, chosen.seq_len, masked=not causal).ids
+    is_seq2seq = bool(model_config.is_encoder_decoder)
+    most = positions(model_config)
+    if most is not None and chosen.seq_len > most * (1 + is_seq2seq):
+        raise UsageError(
+            f"--seq-len {chosen.seq_len}: the model has {most} positions"
+            + (" for each half of a window" if is_seq2seq else ""),
+            hint=f"at most {most * (1 + is_seq2seq)}",
+        )
+    masked = is_seq2seq or family_of(task_named("lm"), model_config) == "masked"
+    windows = [ids for ids in lm_windows(text, tokenizer, chosen.seq_len, masked=masked).ids if len(ids) > 1]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [windows[index] for index in order[: chosen.samples] if len(windows[index]) > 1]
+    rows = [windows[index] for index in order[: chosen.samples]]
     if not rows:
         raise InputError(f"--calibrate {chosen.source}: no window of text in it", hint="name a longer text")
     features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-    if model_config.is_encoder_decoder:  # one half is read, the other written
+    if is_seq2seq:  # one half is read, the other written
         halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
         features = [{"input_ids": a, "attention_mask": [1] * len(a), "labels": b} for a, b in halves]
     batches = [features[first : first + _BATCH] for first in range(0, len(features), _BATCH)]

@@ -81,7 +81,10 @@ def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], 
     if not targets:
         roles = ",".join(config.layers or DEFAULT_ROLES)
         why = f": {kept[0].name}: {kept[0].reason}" if kept else f" among {roles}"
-        raise InputError(f"{checkpoint.source.name}: no matrix to prune{why}", hint="see --layers and --target")
+        hint = (
+            "choose another --pattern" if kept and "no multiple of" in kept[0].reason else "see --layers and --target"
+        )
+        raise InputError(f"{checkpoint.source.name}: no matrix to prune{why}", hint=hint)
     return targets, kept
 
 

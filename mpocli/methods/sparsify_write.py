@@ -12,12 +12,12 @@ from torch import Tensor
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.io.encoding import Encoding, add_encoded
-from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.manifest import MANIFEST, Manifest
 from mpocli.io.writer import CheckpointWriter
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
-from mpocli.sparse import bitmask_bytes, global_masks, n_of_m_mask, smallest_mask, zeros_in
+from mpocli.sparse import bitmask_bytes, global_masks, zeros_in
 
 Progress = Callable[[int, int, str], None]
 
@@ -69,10 +69,8 @@ def magnitude_pruner(
         check_finite(stored, target.key)
         matrix = target.matrix(stored)
         mask = masks.get(target.name)
-        if mask is None and config.pattern.group is not None and config.pattern.keep is not None:
-            mask = n_of_m_mask(matrix.abs().float(), config.pattern.keep, config.pattern.group)
-        elif mask is None:
-            mask = smallest_mask(matrix.abs().float(), zeros_in(matrix.numel(), config.sparsity))
+        if mask is None:
+            mask = config.pattern.mask(matrix.abs().float(), zeros_in(matrix.numel(), config.sparsity))
         return target.stored(torch.where(mask, matrix, matrix.new_zeros(())))
 
     return prune
@@ -91,8 +89,8 @@ def write_sparse(
     prune: Callable[[Target, Tensor], Tensor],
     *,
     progress: Progress | None = None,
-) -> tuple[Totals, tuple[SparseTensor, ...]]:
-    """The checkpoint with every target pruned, one tensor in memory at a time."""
+) -> tuple[Manifest, tuple[SparseTensor, ...]]:
+    """The checkpoint with every target pruned, one tensor in memory at a time beside what `prune` holds."""
     jobs = {target.key: target for target in targets}
     before = checkpoint.encodings
     made: dict[str, SparseTensor] = {}
@@ -127,8 +125,16 @@ def write_sparse(
             for entry in (checkpoint.manifest.modules if checkpoint.manifest else ())
         ),
         encodings=encodings,
+        routing=checkpoint.routing,
         totals=totals,
         history=checkpoint.history("sparsify", config.recorded(), config.optimisation.seed),
     )
     write_surroundings(work, checkpoint, manifest)
-    return totals, tuple(made[target.name] for target in targets)
+    return manifest, tuple(made[target.name] for target in targets)
+
+
+def add_metrics(work: Path, checkpoint: Checkpoint, manifest: Manifest, metrics: dict[str, float]) -> None:
+    """Write the manifest once more, with what the written model was found to do."""
+    *earlier, last = manifest.history
+    (work / MANIFEST).unlink()
+    write_surroundings(work, checkpoint, replace(manifest, history=(*earlier, {**last, "metrics": metrics})))

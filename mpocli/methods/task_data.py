@@ -179,15 +179,19 @@ def check_trained_head(checkpoint: Checkpoint, data: TaskData) -> None:
         )
 
 
-def _check_length(checkpoint: Checkpoint, length: int, written: int) -> None:
-    """`UsageError` where source (and what is written after it) needs more places than the model has positions."""
-    config = checkpoint.config
+def positions(config: Any) -> int | None:
+    """How many tokens a model has places for, None where there is no such limit (T5's relative ones)."""
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not isinstance(most, int) or most < 1 or hasattr(config, "relative_attention_num_buckets"):
-        return
+        return None
     # RoBERTa's positions begin after its padding index.
-    most -= 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    if length + written > most:
+    return most - (2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+
+
+def _check_length(checkpoint: Checkpoint, length: int, written: int) -> None:
+    """`UsageError` where source (and what is written after it) needs more places than the model has positions."""
+    most = positions(checkpoint.config)
+    if most is not None and length + written > most:
         what = f"--max-length {length}" + (f" and --max-new-tokens {written}" if written else "")
         raise UsageError(f"{what}: the model has {most} positions", hint=f"at most {most} together")
 

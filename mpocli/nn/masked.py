@@ -148,7 +148,8 @@ class MaskedWeight(nn.Module):
             if not pruned:
                 return None if self.zero is None else ~self.zero
             self.computed += 1
-            return n_of_m_mask(self.scores(weight), self.pattern.group - pruned, self.pattern.group)
+            mask = n_of_m_mask(self.scores(weight), self.pattern.group - pruned, self.pattern.group)
+            return mask if self.zero is None else mask & ~self.zero  # a group may have had more zeros
         zeros = max(zeros_in(rows * columns, sparsity), self.zeros())
         if not zeros:
             return None

@@ -44,6 +44,12 @@ class Pattern:
         """What the pattern alone says, None for `unstructured`."""
         return None if self.keep is None or self.group is None else 1 - self.keep / self.group
 
+    def mask(self, scores: Tensor, zeros: int) -> Tensor:
+        """The mask of an (O, I) matrix: without `zeros` entries anywhere, or N:M, which says itself how many."""
+        if self.keep is None or self.group is None:
+            return smallest_mask(scores, zeros)
+        return n_of_m_mask(scores, self.keep, self.group)
+
     def __str__(self) -> str:
         return "unstructured" if self.keep is None else f"{self.keep}:{self.group}"
 
@@ -54,7 +60,7 @@ def zeros_in(numel: int, sparsity: float) -> int:
     >>> zeros_in(100, 0.29), zeros_in(10, 0.75), zeros_in(7, 1.0)
     (29, 7, 7)
     """
-    return min(numel, math.floor(numel * sparsity + 1e-6))
+    return min(numel, math.floor(numel * sparsity * (1 + 1e-12)))
 
 
 def smallest_mask(scores: Tensor, zeros: int) -> Tensor:

@@ -85,4 +85,4 @@ class SparsitySteps(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs is not None and "loss" in logs:
-            logs["sparsity"] = self.schedule.at(state.global_step)
+            logs["sparsity"] = self.schedule.at(max(0, state.global_step - 1))  # that of the last step's loss

@@ -340,7 +340,7 @@ def test_samples_counts_rows_and_a_short_text_is_told(
         sparsify(lab / "body", f"out{number}", "--method", "wanda", "-s", 0.5, *options, "--samples", samples)
     assert seen == [3, 11, 3, 11]
     short = cli("sparsify", lab / "body", "--method", "sparsegpt", "-s", 0.5, *text, "--samples", 1, "-o", "short")
-    assert "fewer than a matrix has inputs" in succeeded(short).err
+    assert "output.dense: 16 calibration tokens for 64 inputs" in succeeded(short).err
 
 
 # --- of an MPO, of what is sparse already, in half precision --------------------------------------------------------
@@ -470,6 +470,9 @@ REFUSED: dict[str, tuple[list[Any], int, list[str]]] = {
     "a score without training": ([*MAGNITUDE, "--score-lr", 1e-3], 2, ["--score-lr", "no --train"]),
     "a schedule without training": ([*MAGNITUDE, "--final-warmup", 0.2], 2, ["--final-warmup", "no --train"]),
     "a rank without PST": ([*TRAIN, "--method", "movement", "--mask-rank", 4], 2, ["--mask-rank", "movement"]),
+    "steps without training": ([*MAGNITUDE, "--steps", 100], 2, ["--steps", "no --train"]),
+    "a default that is written out": ([*MAGNITUDE, "--weight-rank", 8], 2, ["--weight-rank", "magnitude"]),
+    "samples of nothing": ([*MAGNITUDE, "--samples", 4], 2, ["--samples", "no --calibrate"]),
     "a head without PST": ([*TRAIN, "--method", "magnitude", "--faithful"], 2, ["--faithful", "magnitude"]),
     "resume of nothing": ([*TRAIN, "--resume"], 3, ["no interrupted run"]),
     "absent text": ([*WANDA, "--calibrate", "nowhere.txt"], 3, ["nowhere.txt"]),

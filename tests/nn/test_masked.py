@@ -316,6 +316,18 @@ def test_only_parameters_and_bits_are_kept_for_the_backward_pass() -> None:
     assert masked.mask(holder(layer, "weight").original) is not None
 
 
+def test_groups_with_more_zeros_than_the_pattern_keep_them() -> None:
+    layer = nn.Linear(COLUMNS, ROWS)
+    with torch.no_grad():
+        layer.weight[:, 1:] = 0
+    masked = mask_weight(layer, "weight", "matrix", Scoring(), Pattern.parse("2:4"), seed=0, keep_zeros=True)
+    with torch.no_grad():
+        masked.v.normal_()
+    for sparsity in (0.0, 0.5):
+        masked.step(sparsity)
+        assert int((layer.weight != 0).sum()) == ROWS
+
+
 @pytest.mark.parametrize("method", ["pst", "magnitude", "movement"])
 @pytest.mark.parametrize(("sparsity", "zeros"), [(0.0, 40), (0.2, 40), (0.5, 60)])
 def test_zeros_that_were_there_before_stay(method: str, sparsity: float, zeros: int) -> None:

@@ -198,6 +198,8 @@ def show(report: DecomposeReport) -> None:
         f"weight files  {render.size(report.before.bytes)} → [bold]{render.size(totals.bytes)}[/bold]"
         f"   (ratio = parameters after / dense: below 1 is smaller)"
     )
+    if report.filled:
+        render.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
     for line in render.notes(report.modules):
         render.err.print(line, style="yellow")
     if report.before.params < totals.params and report.before.params < totals.dense_params:

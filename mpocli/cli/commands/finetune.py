@@ -227,6 +227,8 @@ def command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    from mpocli.methods.run_directory import training_directory
+
     destination = out or options.default_out(model, "finetuned")
     try:
         with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
@@ -238,7 +240,7 @@ def command(
                 one = finetune.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
                 reports = (one,)
     except KeyboardInterrupt:
-        kept = destination.with_name(f"{destination.name}.training")
+        kept = training_directory(destination)
         if kept.is_dir():
             render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
         raise

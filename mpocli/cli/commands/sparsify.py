@@ -22,9 +22,20 @@ WHAT = "What to prune"
 PST = "PST: what is learnt"
 WHEN = "How sparsity rises in training"
 LOOK = "wanda, sparsegpt: what to look at"
+_CALIBRATION = ("samples", "seq_len")
+_PST = (
+    *("weight_rank", "weight_beta", "mask_rank", "mask_alpha1", "mask_alpha2"),
+    *("detach_magnitude", "faithful"),
+)
+_TRAINING = (
+    *("initial_sparsity", "initial_warmup", "final_warmup", "score_lr", "lr", "epochs", "steps", "batch_size"),
+    *("accumulation", "warmup", "weight_decay", "clip", "random_batches", "gradient_checkpointing"),
+    *("distill_weight", "temperature", "distill_hidden", "log_steps", "save_steps", "report_to"),
+)
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     sparsity: Annotated[
         float | None,
@@ -173,23 +184,7 @@ def command(
     train_.check_length(epochs, steps, save_steps)
     train_.check_distillation(distill_weight, temperature)
     train_.check_positive("--score-lr", score_lr)
-    learnt = {
-        "--weight-rank": weight_rank != 8,
-        "--weight-beta": weight_beta != 1,
-        "--mask-rank": mask_rank != 8,
-        "--mask-alpha1": mask_alpha1 != 1,
-        "--mask-alpha2": mask_alpha2 != 1,
-        "--detach-magnitude": detach_magnitude,
-        "--faithful": faithful,
-    }
-    trained = {
-        "--score-lr": score_lr is not None,
-        "--initial-sparsity": initial_sparsity != 0,
-        "--initial-warmup": initial_warmup != 0.1,
-        "--final-warmup": final_warmup != 0.3,
-    }
-    _refuse(learnt, method != "pst", f"--method {method}: it learns no such thing")
-    _refuse(trained, train is None, "no --train: nothing is trained")
+    _refuse_unused(options.given(context), method, trains=train is not None, calibrates=calibrate is not None)
     calibration = _calibration(calibrate, samples, seq_len)
     scoring = _scoring(
         method, weight_rank, weight_beta, mask_rank, mask_alpha1, mask_alpha2, detach_magnitude=detach_magnitude
@@ -267,6 +262,8 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     check_options(config)
+    from mpocli.methods.run_directory import training_directory
+
     destination = out or options.default_out(model, "sparse")
     if not resume:
         options.check_out_before_download(model, destination, overwrite=overwrite)
@@ -275,7 +272,7 @@ def command(
         with quiet.transformers(), bar("sparsify", enabled=not json) as progress:
             report = sparsify.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
     except KeyboardInterrupt:
-        kept = destination.with_name(f"{destination.name}.training")
+        kept = training_directory(destination)
         if kept.is_dir():
             render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
         raise
@@ -287,11 +284,16 @@ def command(
         _show(report)
 
 
-def _refuse(given: dict[str, bool], unused: bool, why: str) -> None:
+def _refuse_unused(given: set[str], method: str, *, trains: bool, calibrates: bool) -> None:
     """`UsageError` for the first option that would be passed over in silence."""
-    option = next((option for option, is_given in given.items() if is_given), None)
-    if unused and option is not None:
-        raise UsageError(f"{option} with {why}", hint=f"leave {option} out")
+    unused = [] if trains else [(name, "no --train: nothing is trained") for name in _TRAINING]
+    unused += [] if calibrates else [(name, "no --calibrate: there is nothing to look at") for name in _CALIBRATION]
+    unused += [] if method == "pst" else [(name, f"--method {method}: it learns no such thing") for name in _PST]
+    unused += [("score_lr", f"--method {method}: it has no scores")] if method not in ("pst", "movement") else []
+    for name, why in unused:
+        if name in given:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} with {why}", hint=f"leave {option} out")
 
 
 def _pattern(text: str) -> Pattern:
@@ -362,25 +364,36 @@ def _show(report: SparsifyReport) -> None:
         )
     before, after = report.totals_before, report.totals
     table.add_section()
-    left = f"{after.params - report.zeros:,}"
+    left = f"{after.params - report.model_zeros:,}"
     sizes = render.size(before.bytes), render.size(after.bytes)
-    table.add_row("model", "", f"{after.params:,}", left, f"{report.zeros / after.params:.1%}", *sizes, style="bold")
+    table.add_row(
+        "model", "", f"{after.params:,}", left, f"{report.model_zeros / after.params:.1%}", *sizes, style="bold"
+    )
     render.show(table)
     for line in render.notes(report.kept):
         render.out.print(line, style="dim", markup=False)
-    if report.metrics:
-        metrics = render.table("metric", "before", "after", *(("test",) if report.test_metrics else ()))
-        for name, value in report.metrics.items():
-            tested = (f"{report.test_metrics[name]:.4f}",) if report.test_metrics else ()
-            metrics.add_row(name, f"{report.metrics_before[name]:.4f}", f"{value:.4f}", *tested)
+    cores = [tensor for tensor in report.tensors if "core_" in tensor.name.rpartition(".")[2]]
+    if cores:
+        others = len(report.tensors) - len(cores)
+        line = f"the central cores of {len(cores)} MPOs" + (f" and {others} dense matrices" if others else "")
+        render.out.print(f"pruned: {line}", style="dim")
+    columns = [("before", report.metrics_before), ("after", report.metrics), ("test", report.test_metrics)]
+    columns = [(title, found) for title, found in columns if found]
+    if columns:
+        metrics = render.table("metric", *(title for title, _ in columns))
+        for name in columns[-1][1]:
+            metrics.add_row(name, *(render.metric(found[name]) for _, found in columns))
         render.show(metrics)
     if report.trainable_by_kind:
         parts = ", ".join(f"{count:,} {kind}" for kind, count in report.trainable_by_kind.items())
-        share = report.trainable_params / report.dense_and_scores
         render.out.print(
-            f"trained [bold]{report.trainable_params:,}[/bold] parameters ({parts}) for {report.steps:,} steps: "
-            f"{share:.1%} of the model and a score for every pruned weight"
+            f"trained [bold]{report.trainable_params:,}[/bold] parameters for {report.steps:,} steps: {parts}"
         )
+        if report.method == "pst":
+            share = report.trainable_params / report.dense_and_scores
+            render.out.print(
+                f"{share:.1%} of what movement pruning trains: the model, and a score for every pruned weight"
+            )
     for line in report.warnings:
         render.err.print(line, style="yellow", markup=False)
     for split, cut in (report.truncated or {}).items():
@@ -389,3 +402,5 @@ def _show(report: SparsifyReport) -> None:
     if report.resumed_from:
         render.err.print(f"resumed from step {report.resumed_from:,}")
     render.err.print(f"written to {report.out} in {report.seconds:.0f} s", markup=False)
+    line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
+    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim", markup=False)

@@ -225,12 +225,14 @@ def command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    from mpocli.methods.run_directory import training_directory
+
     destination = out or options.default_out(model, "squeezed")
     try:
         with quiet.transformers(), live_rounds(enabled=not json) as watch:
             report = squeeze.run(model, config, destination, overwrite=overwrite, resume=resume, watch=watch)
     except KeyboardInterrupt:
-        kept = destination.with_name(f"{destination.name}.training")
+        kept = training_directory(destination)
         if kept.is_dir():
             render.err.print(f"the last round is kept in {kept}: go on with --resume", markup=False)
         raise
