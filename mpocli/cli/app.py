@@ -10,7 +10,7 @@ import typer
 
 from mpocli import __version__
 from mpocli.cli import streams
-from mpocli.cli.commands import decompose, demo, evaluate, finetune, inspect, merge, sparsify, squeeze
+from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, sparsify, squeeze
 from mpocli.errors import MpoError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("decompose")(decompose.command)
 app.command("finetune")(finetune.command)
 app.command("squeeze")(squeeze.command)
 app.command("sparsify")(sparsify.command)
+app.command("expand-moe")(expand_moe.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("merge")(merge.command)

@@ -14,10 +14,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import install, local_name, remove
+from mpocli.hf.routing import RoutingConfig, connect
 from mpocli.hf.sparse import packed_state, postpone_ties, reserve, stored_encodings, unpack
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
-from mpocli.nn import TOMBSTONE, MPOModule
+from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,17 +44,20 @@ class MPOConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: dict[str, Any] | None = None,
         schema_version: int = SCHEMA_VERSION,
         encodings: dict[str, Any] | None = None,
+        routing: dict[str, Any] | None = None,
         **_unused: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.schema_version = schema_version
         self.modules = modules or {}
         self.encodings = encodings or {}
+        self.routing = routing or {}
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = super().to_dict()
-        if not self.encodings:
-            del data["encodings"]
+        for name in ("encodings", "routing"):
+            if not data[name]:
+                del data[name]
         return data
 
 
@@ -94,6 +98,8 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
             return bool(own & _spellings(model, name))
 
         specs = install(model, specs, dtype, has_own=has_own)
+        if config.routing:
+            connect(model, specs, RoutingConfig.from_dict(config.routing))
         # A head that this class lacks must not be promised by what it saves.
         config.modules = {name: spec.to_dict() for name, spec in specs.items()}
         encodings = reserve(model, encodings_from(config.encodings), stored)
@@ -110,6 +116,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         unpack(model, encodings_from(self.quantization_config.encodings), self.followers)
+        _check_experts(model)
         for name, module in model.named_modules():
             if not isinstance(module, MPOModule):
                 continue
@@ -135,7 +142,9 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         encodings = stored_encodings(state, encodings_from(self.quantization_config.encodings))
         self.quantization_config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
         state = packed_state(model, state, encodings)
-        if self.quantization_config.encodings or any(isinstance(module, MPOModule) for module in model.modules()):
+        if self.quantization_config.encodings or any(
+            isinstance(module, MPOModule | DenseExperts) for module in model.modules()
+        ):
             state[SIGNPOST] = torch.zeros(1)
         return state, {}
 
@@ -143,6 +152,18 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         remove(model, dtype)
         self.quantization_config.encodings = {}
         return model
+
+
+def _check_experts(model: PreTrainedModel) -> None:
+    """Routers and dense experts that the files lack would hold uninitialised memory."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router | DenseExperts):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type == "meta" or not getattr(parameter, "_is_hf_initialized", False):
+                    raise InputError(
+                        f"{name}.{leaf} was not loaded: the files lack it",
+                        hint="the weight files are incomplete or belong to another checkpoint",
+                    )
 
 
 def _stored_shapes(files: Any) -> dict[str, list[int]]:

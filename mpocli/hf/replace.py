@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError
 from mpocli.io.manifest import MPOSpec
-from mpocli.nn import TOMBSTONE, MPOEmbedding, MPOLinear, MPOModule
+from mpocli.nn import TOMBSTONE, DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, MPOModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,10 @@ def install(
                 f"module {name} shares the cores of {spec.tied_to}, which a {type(model).__name__} does not have",
                 hint="load the class that config.json's `architectures` names",
             )
-        local[place] = replace(spec, tied_to=owner)
+        router = names.get(spec.router or "")
+        if spec.router is not None and router is None:
+            raise InputError(f"module {name} is routed by {spec.router}, which a {type(model).__name__} does not have")
+        local[place] = replace(spec, tied_to=owner, router=router)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     local |= _tied_partners(model, local, tied, has_own)
     for place, spec in local.items():
@@ -115,9 +118,9 @@ def _adjust_bias(output_embeddings: nn.Module, input_embeddings: Any) -> None:
         PreTrainedModel._adjust_bias(cast(Any, None), output_embeddings, input_embeddings)
 
 
-def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None) -> MPOModule:
-    if isinstance(dense, MPOModule):
-        raise InputError(f"module {name} is an MPO already")
+def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None) -> MPOModule | DenseExperts:
+    if isinstance(dense, MPOModule | DenseExperts):
+        raise InputError(f"module {name} is an MPO or experts already")
     found = dense_shape(dense)
     if found is None or found[1] != spec.shape or (spec.kind == "embedding") != isinstance(dense, nn.Embedding):
         raise InputError(
@@ -127,6 +130,8 @@ def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None
         )
     weight = cast(Tensor, dense.weight)
     dtype = dtype or weight.dtype
+    if spec.experts:
+        return _build_experts(spec, dense, weight, dtype)
     if isinstance(dense, nn.Embedding):
         built: MPOModule = MPOEmbedding(
             spec.shape,
@@ -149,6 +154,22 @@ def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None
             # The same Parameter: it may be tied to another one.
             built.bias = cast(nn.Parameter, dense.bias)
     built.dense_class = type(dense)
+    return built
+
+
+def _build_experts(spec: MPOSpec, dense: nn.Module, weight: Tensor, dtype: torch.dtype) -> MPOExperts | DenseExperts:
+    """Empty experts; `routing.connect` gives them their router."""
+    bias = cast(nn.Parameter | None, getattr(dense, "bias", None))
+    options: dict[str, Any] = {"experts": spec.experts, "place": spec.place, "kind": spec.kind}
+    options |= {"bias": bias is not None, "dtype": dtype, "device": weight.device}
+    built: MPOExperts | DenseExperts
+    if spec.share == "dense":
+        built = DenseExperts(spec.shape, **options)
+    else:
+        built = MPOExperts(spec.shape, spec.sites, spec.bond_dims, share=cast(Any, spec.share), **options)
+    if bias is not None:
+        # The same Parameter: it may be tied to another one.
+        built.bias = bias
     return built
 
 
@@ -176,6 +197,8 @@ def embedding_scale(module: nn.Module | None) -> float:
 @torch.no_grad()
 def remove(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     """Contract every MPO module of a loaded model back to the dense one it replaced, and tie what was tied."""
+    if any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules()):
+        raise InputError("experts have no dense form in a stock class", hint="mpocli merge makes dense experts of them")
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MPOModule)}
     declared = model.get_expanded_tied_weights_keys(all_submodels=True)
     live = {a: b for a, b in model.all_tied_weights_keys.items() if _module(a) not in modules}

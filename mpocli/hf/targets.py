@@ -156,7 +156,10 @@ def survey(
     buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
     known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
     cores = {
-        f"{weight.core_prefix}.{core}" for weight in weights if weight.entry for core in weight.entry.spec.core_shapes()
+        f"{weight.core_prefix}.{part}"
+        for weight in weights
+        if weight.entry
+        for part in weight.entry.spec.stored_shapes()
     }
     ignored = {key for key in reader if key not in known and key not in cores}
     return Survey(
@@ -328,25 +331,31 @@ def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
             f"{reader.directory}: module {weight.name} is in the manifest and has no tensor {weight.name}.weight",
             hint="the weight files belong to another checkpoint",
         )
-    expected_cores = {f"{weight.core_prefix}.{core}": shape for core, shape in weight.entry.spec.core_shapes().items()}
-    for name, shape in expected_cores.items():
+    spec = weight.entry.spec
+    parts = {f"{weight.core_prefix}.{part}": shape for part, shape in spec.stored_shapes().items()}
+    for name, shape in parts.items():
         if name not in reader:
             raise InputError(
-                f"{reader.directory}: core {name} is in the manifest and not in the files",
+                f"{reader.directory}: {_part(name)} is in the manifest and not in the files",
                 hint="the weight files are incomplete or belong to another checkpoint",
             )
         if reader.specs[name].shape != shape:
             raise InputError(
-                f"{reader.directory}: core {name} is {_by(reader.specs[name].shape)}, the manifest says {_by(shape)}",
+                f"{reader.directory}: {_part(name)} is {_by(reader.specs[name].shape)}, the manifest says {_by(shape)}",
                 hint="the weight files belong to another checkpoint",
             )
-    extra = f"{weight.core_prefix}.core_{len(expected_cores)}"
+    cores = len(spec.core_shapes())
+    extra = f"{weight.core_prefix}.core_{cores}"
     if extra in reader:
         raise InputError(
-            f"{reader.directory}: core {extra} is in the files, the manifest has {len(expected_cores)} cores there",
+            f"{reader.directory}: core {extra} is in the files, the manifest has {cores} cores there",
             hint="the weight files belong to another checkpoint",
         )
-    return replace(weight, dtype=reader.specs[next(iter(expected_cores))].dtype)
+    return replace(weight, dtype=reader.specs[next(iter(parts))].dtype)
+
+
+def _part(name: str) -> str:
+    return f"core {name}" if re.search(r"\.core_\d+$", name) else f"tensor {name}"
 
 
 def _by(shape: Sequence[int]) -> str:

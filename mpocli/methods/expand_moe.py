@@ -1,0 +1,313 @@
+"""expand-moe: make n experts of every feed-forward network, which share the central cores of their matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mpocli.errors import UsageError
+from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.plugin import SIGNPOST
+from mpocli.hf.routing import RoutingConfig
+from mpocli.hf.targets import Weight, select
+from mpocli.io.encoding import add_encoded
+from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.io.writer import CheckpointWriter, Sink
+from mpocli.methods.merge import read_mpo
+from mpocli.methods.moe_plan import Kept, Network, networks
+from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape, stored_error
+from mpocli.mpo.linalg import cast, dtype_name
+from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions
+from mpocli.nn.experts import Place
+
+Progress = Callable[[int, int, str], None]
+DEFAULT_ROLES = ("ffn",)
+
+
+@dataclass(frozen=True)
+class ExpandConfig:
+    """Options of `mpocli expand-moe`. `share` None stands for dense experts (the baseline); `trunc` caps the bonds,
+    None is lossless; `noise` breaks the symmetry of the experts, relative to a core's root mean square."""
+
+    experts: int = 8
+    share: Literal["central", "none"] | None = "central"
+    routing: RoutingConfig = field(default_factory=lambda: RoutingConfig(RouterOptions()))
+    sites: int = 5
+    trunc: int | None = None
+    shapes: tuple[tuple[str, SiteShape], ...] = ()
+    noise: float = 0.0
+    layers: tuple[str, ...] | None = None
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    max_shard_bytes: int = 5 * 10**9
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for the manifest."""
+        names = ("experts", "share", "sites", "trunc", "noise", "layers", "targets", "ignore")
+        options = {name: getattr(self, name) for name in names}
+        options["shapes"] = [f"{glob}={shape}" for glob, shape in self.shapes]
+        return options | self.routing.to_dict()
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """What became of one matrix: elements of the core in common and of each expert's own, against n dense experts.
+
+    `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of what is stored (0 for dense experts); `size_ratio` = stored / n dense ones.
+    """
+
+    name: str
+    role: str | None
+    action: str
+    place: str
+    shape: tuple[int, int]
+    shared_params: int
+    own_params: int
+    router_params: int
+    params: int
+    dense_params: int
+    dense_experts_params: int
+    size_ratio: float
+    relative_error: float
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    bond_dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpandReport:
+    """`totals` of the whole model now and `before`; `dense_experts_params` what it would have with n dense experts."""
+
+    out: str
+    seconds: float
+    experts: int
+    share: str
+    routing: dict[str, Any]
+    networks: int
+    modules: tuple[ExpertsReport, ...]
+    kept: tuple[Kept, ...]
+    totals: Totals
+    before: Totals
+    router_params: int
+    dense_experts_params: int
+
+
+def run(
+    model: str,
+    config: ExpandConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExpandReport:
+    """Write a mixture of experts (MPOE, COLING 2022) to a new directory `out`, one matrix in memory at a time.
+
+    Every expert begins as the pretrained network, so that the model computes what it did before. Raises `UsageError`
+    and `InputError` for options and models that cannot be expanded.
+    """
+    started = time.perf_counter()
+    if config.experts < config.routing.router.top_k:
+        raise UsageError(
+            f"--top-k {config.routing.router.top_k}: more than --experts {config.experts}", hint="choose less"
+        )
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    before = checkpoint.totals()
+    chosen = select(
+        checkpoint.survey.weights,
+        layers=config.layers,
+        targets=config.targets,
+        ignore=config.ignore,
+        default_roles=DEFAULT_ROLES,
+    )
+    found, kept = networks(chosen)
+    worker = _Expander(checkpoint, config, found, progress)
+    with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
+        worker.write(writer)
+        size = sum(file.stat().st_size for file in writer.finish())
+        entries = tuple(worker.entries())
+        saved = sum(entry.spec.dense_params - entry.spec.params for entry in entries)
+        totals = checkpoint.totals(checkpoint.survey.dense_params - saved, size)
+        manifest = Manifest(
+            base_model=checkpoint.base_model(),
+            modules=entries,
+            encodings=worker.encodings,
+            routing=config.routing.to_dict(),
+            totals=totals,
+            history=checkpoint.history("expand-moe", config.recorded(), config.seed),
+        )
+        write_surroundings(work, checkpoint, manifest)
+    reports = tuple(worker.reports())
+    router_params = sum(report.router_params for report in reports)
+    dense = sum(report.dense_experts_params - report.params + report.router_params for report in reports)
+    return ExpandReport(
+        out=str(out),
+        seconds=time.perf_counter() - started,
+        experts=config.experts,
+        share=config.share or "dense",
+        routing=config.routing.to_dict(),
+        networks=len(found),
+        modules=reports,
+        kept=tuple(kept),
+        totals=totals,
+        before=before,
+        router_params=router_params,
+        dense_experts_params=totals.params + dense - router_params,
+    )
+
+
+class _Expander:
+    """Goes through the files once, in their order, and writes experts where they are planned."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ExpandConfig, found: list[Network], progress: Progress | None
+    ) -> None:
+        self.checkpoint, self.config, self.progress = checkpoint, config, progress
+        self.jobs: dict[str, tuple[Weight, Place, str | None]] = {}
+        for network in found:
+            owner = network.first[0].name
+            for weight in network.weights:
+                place: Place = "out" if weight is network.last else "in"
+                assert weight.key is not None
+                self.jobs[weight.key] = weight, place, None if weight.name == owner else owner
+        self.done: dict[str, ModuleEntry] = {}
+        # A pruned core stays packed where it is the one that all experts share.
+        lost = {
+            f"{weight.name}.{part}"
+            for weight, _, _ in self.jobs.values()
+            for part in ("weight", *(weight.entry.spec.core_shapes() if weight.entry else ()))
+            if weight.entry is None or config.share != "central" or part != f"core_{weight.entry.spec.sites.central}"
+        }
+        self.encodings = {name: entry for name, entry in checkpoint.encodings.items() if name not in lost}
+
+    def write(self, sink: Sink) -> None:
+        reader = self.checkpoint.reader
+        gone = {
+            f"{weight.core_prefix}.{part}"
+            for weight, _, _ in self.jobs.values()
+            if weight.entry is not None
+            for part in weight.entry.spec.stored_shapes()
+        }
+        for key in reader:
+            if key == SIGNPOST or key in gone:
+                continue
+            if key not in self.jobs:
+                tensor = reader.read(key)
+                if key in reader.encoded:
+                    add_encoded(sink, key, tensor)
+                else:
+                    sink.add(key, tensor)
+                continue
+            weight, place, router = self.jobs[key]
+            for name, tensor in self._expanded(weight, place, router).items():
+                if f"{weight.name}.{name}" in self.encodings:  # a core that was pruned before
+                    add_encoded(sink, f"{weight.core_prefix}.{name}", tensor)
+                else:
+                    sink.add(f"{weight.core_prefix}.{name}", tensor)
+            if self.progress:
+                self.progress(len(self.done), len(self.jobs), weight.name)
+        sink.add(SIGNPOST, torch.zeros(1))
+
+    def _expanded(self, weight: Weight, place: Place, router: str | None) -> dict[str, Tensor]:
+        """The tensors to store for one matrix, without its bias."""
+        config, dtype = self.config, weight.dtype
+        # Of its own for every matrix: the others' draws do not depend on what was chosen before.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + len(self.done))
+        tensors: dict[str, Tensor] = {}
+        options: dict[str, Any] = {"experts": config.experts, "place": place, "dtype": dtype}
+        error = 0.0
+        if config.share is None:
+            matrix = self._matrix(weight)
+            dense = DenseExperts.from_matrix(matrix, **options)
+            dense.perturb(config.noise, generator)
+            tensors["weight"] = dense.weight.detach()
+            rows, columns = weight.shape
+            spec = MPOSpec(weight.kind, weight.shape, (rows, 1), (1, columns), (1, 1, 1))
+        else:
+            mpo, error = self._mpo(weight)
+            layer = MPOExperts.from_mpo(mpo, share=config.share, **options)
+            layer.perturb(config.noise, generator)
+            tensors |= {f"core_{k}": core.detach() for k, core in enumerate(layer.cores)}
+            tensors["weight"] = torch.zeros(1, dtype=dtype)
+            spec = MPOSpec(weight.kind, weight.shape, mpo.site_shape.out_dims, mpo.site_shape.in_dims, mpo.bond_dims)
+        if router is None:
+            made = Router(weight.shape[1], config.experts, config.routing.router, generator=generator, dtype=dtype)
+            tensors |= {"router.weight": made.weight.detach(), "router.bias": made.bias.detach()}
+        spec = replace(spec, experts=config.experts, share=config.share or "dense", place=place, router=router)
+        self.done[weight.name] = ModuleEntry(
+            weight.name, weight.role, spec, dtype_name(dtype), relative_error=None if config.noise else error
+        )
+        return tensors
+
+    def _matrix(self, weight: Weight) -> Tensor:
+        if weight.entry is not None:
+            mpo = read_mpo(self.checkpoint.reader, weight)
+            return mpo.to(dtype=torch.float64).to_matrix().to(weight.dtype)
+        assert weight.key is not None
+        return weight.oriented(self.checkpoint.reader.read(weight.key))
+
+    def _mpo(self, weight: Weight) -> tuple[MPO, float]:
+        """The stored cores, or a decomposition of the matrix; and its relative error as it will be stored."""
+        if weight.entry is not None:
+            return read_mpo(self.checkpoint.reader, weight), weight.entry.relative_error or 0.0
+        assert weight.key is not None
+        matrix, name = self._matrix(weight), weight.key
+        mpo, _ = decompose(matrix, self._sites(weight), Truncation(self.config.trunc), name=name)
+        stored = MPO(tuple(cast(core, weight.dtype, name) for core in mpo.cores), mpo.shape)
+        difference, norm = stored_error(matrix, stored)
+        return stored, difference / norm if norm else 0.0
+
+    def _sites(self, weight: Weight) -> SiteShape:
+        from fnmatch import fnmatchcase
+
+        for glob, sites in reversed(self.config.shapes):  # the last word counts
+            if fnmatchcase(weight.name, glob):
+                sites.check_fits(weight.shape, weight.name)
+                return sites
+        return site_shape(*weight.shape, self.config.sites)
+
+    def entries(self) -> Iterator[ModuleEntry]:
+        """Manifest entries of the output, in the model's order."""
+        before = self.checkpoint.manifest.by_name if self.checkpoint.manifest else {}
+        for weight in self.checkpoint.survey.weights:
+            if weight.name in self.done:
+                yield self.done[weight.name]
+            else:
+                yield from (before[member.name] for member in weight.members if member.name in before)
+
+    def reports(self) -> Iterator[ExpertsReport]:
+        for weight, place, _ in self.jobs.values():
+            entry = self.done[weight.name]
+            spec = entry.spec
+            own = spec.share != "central"
+            cores = spec.central_params + spec.auxiliary_params
+            weights = cores if spec.share != "dense" else spec.experts * weight.dense_params
+            shared = 0 if own else spec.central_params
+            yield ExpertsReport(
+                name=weight.name,
+                role=weight.role,
+                action="experts",
+                place=place,
+                shape=weight.shape,
+                shared_params=shared,
+                own_params=(weights - shared) // spec.experts,
+                router_params=spec.params - weights,
+                params=spec.params,
+                dense_params=weight.dense_params,
+                dense_experts_params=spec.experts * weight.dense_params,
+                size_ratio=weights / (spec.experts * weight.dense_params),
+                relative_error=entry.relative_error or 0.0,
+                out_dims=spec.out_dims,
+                in_dims=spec.in_dims,
+                bond_dims=spec.bond_dims,
+            )

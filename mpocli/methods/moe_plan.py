@@ -1,0 +1,89 @@
+"""Which feed-forward networks become experts, and which of their matrices are the first ones and the last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpocli.errors import InputError
+from mpocli.hf.targets import Weight
+
+# Everything up to the last number of a module's path: its layer, and in T5 its place in the layer.
+_LAYER = re.compile(r"(.*\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One feed-forward network: its first matrices (up, and gate where there is one), each (F, D), and its last,
+    (D, F)."""
+
+    layer: str
+    first: tuple[Weight, ...]
+    last: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (*self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A matrix of a network that stays as it is, and why."""
+
+    name: str
+    role: str | None
+    reason: str
+    action: str = "kept"
+
+
+def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
+    """The networks that the chosen matrices make up, in the model's order.
+
+    Two or three matrices of a layer of which the last takes what the others make. Raises `InputError` where there is
+    none.
+    """
+    layers: dict[str, list[Weight]] = {}
+    for weight in weights:
+        match = _LAYER.match(weight.name)
+        layers.setdefault(match[1] if match else weight.name, []).append(weight)
+    found, kept = [], []
+    for layer, members in layers.items():
+        reason = _why_not(members)
+        if reason:
+            kept += [Kept(weight.name, weight.role, reason) for weight in members]
+        else:
+            found.append(_network(layer, members))
+    if not found:
+        why = f": {kept[0].name}: {kept[0].reason}" if kept else ""
+        raise InputError(f"no feed-forward network to make experts of{why}", hint="see --layers and --target")
+    return found, kept
+
+
+def _why_not(members: Sequence[Weight]) -> str:
+    for weight in members:
+        if weight.obstacle:
+            return weight.obstacle
+        if len(weight.members) > 1:
+            return f"its weight is tied to {weight.members[1].name}"
+        if weight.entry is not None and weight.entry.spec.experts:
+            return "is experts already"
+    if len(members) not in (2, 3) or _last(members) is None:
+        shapes = ", ".join("x".join(map(str, weight.shape)) for weight in members)
+        return f"matrices of {shapes} in one layer make no network of one or two first layers and a last one"
+    return ""
+
+
+def _last(members: Sequence[Weight]) -> Weight | None:
+    """The matrix that goes back: the only one of its shape, or of two square ones the second."""
+    for weight in reversed(members):
+        others = [other for other in members if other is not weight]
+        if all(other.shape == weight.shape[::-1] for other in others):
+            return weight
+    return None
+
+
+def _network(layer: str, members: Sequence[Weight]) -> Network:
+    last = _last(members)
+    assert last is not None
+    return Network(layer, tuple(weight for weight in members if weight is not last), last)
