@@ -6,7 +6,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mpocli.methods import overparam
 from mpocli.methods.overparam import Overparam, OverparamReport
 from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
 from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of, round_to
+from mpocli.methods.student_experts import RoutingChanges, apply_routing, gradient_mask, router_report
 from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
 from mpocli.methods.teacher import distillation_of
 from mpocli.train.best import KeepBest
@@ -40,8 +41,8 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Options of `mpocli finetune`. `epochs` counts where `steps` is None; `update` None stands for auxiliary cores
-    where there are any, and for everything else otherwise. `raise_layers` names the roles whose dense matrices train
-    at `mpo_lr`: the sceptic's arm beside `overparam`."""
+    where there are any and no experts, and for everything otherwise. `raise_layers` names the roles whose dense
+    matrices train at `mpo_lr`: the sceptic's arm beside `overparam`."""
 
     data: DataOptions
     optimisation: Optimisation = field(default_factory=Optimisation)
@@ -56,6 +57,7 @@ class FinetuneConfig:
     recompute_weights: bool = False
     overparam: Overparam | None = None
     raise_layers: tuple[str, ...] = ()
+    routing: RoutingChanges = field(default_factory=RoutingChanges)
     device: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -71,6 +73,7 @@ class FinetuneConfig:
             options |= self.overparam.recorded()
         if self.raise_layers:
             options |= {"overparam": "none", "overparam_layers": self.raise_layers}
+        options |= self.routing.given()
         for left_out in ("seed", "report_to", "log_steps", "save_steps"):
             del options[left_out]
         return options
@@ -82,7 +85,8 @@ class FinetuneReport:
 
     `metrics` on the evaluation set after training and `metrics_before`, `{}` without one; `trainable_params` is what
     the optimiser holds (at the end, before folding); `seconds` the whole run, `step_seconds` the training alone.
-    `overparam` says what became an MPO meanwhile, None where nothing was to. `is_writer` is false in all but
+    `overparam` says what became an MPO meanwhile, None where nothing was to; `routers` what those of experts did in
+    training. `is_writer` is false in all but
     the first process of several, which measures and writes nothing.
     """
 
@@ -101,6 +105,7 @@ class FinetuneReport:
     totals: Totals
     truncated: dict[str, int]
     overparam: OverparamReport | None = None
+    routers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     is_writer: bool = True
 
 
@@ -132,7 +137,8 @@ def run(
 
     set_seed(config.optimisation.seed)
     student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
-    update = config.update or ("auxiliary" if checkpoint.is_mpo else "all")
+    routing = apply_routing(student, config.routing)
+    update = config.update or ("auxiliary" if checkpoint.is_mpo and routing is None else "all")
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
     teacher = distillation_of(config, data, checkpoint)
@@ -140,6 +146,7 @@ def run(
     if config.overparam is not None:  # before the hours, not after
         overparam.check(student, checkpoint, config.overparam)
     callbacks: list[Any] = [MetricsFile(training / METRICS), *([Steps(progress)] if progress else [])]
+    callbacks += gradient_mask(student, routing, config.optimisation.seed)
     if config.select == "best":
         callbacks.append(_keep_best(training, data, config))
     state.wait_for_everyone()  # all have looked for an interrupted run before one begins
@@ -192,6 +199,7 @@ def run(
             )
             train_segment(trainer, done)
         step_seconds = time.perf_counter() - trained_from
+        routed = router_report(student)
     state.wait_for_everyone()  # the best weights are written by the first
     selected = _take_best(student, callbacks[-1]) if config.select == "best" else steps
     trainable = expanded.trainable_by_role if expanded else count_trainable(student)[1]
@@ -211,6 +219,7 @@ def run(
         totals=checkpoint.totals(),
         truncated=data.truncated,
         overparam=expanded,
+        routers=routed,
         is_writer=bool(state.is_main_process),
     )
     if report.is_writer:
@@ -225,7 +234,8 @@ def run(
         with output_directory(out) as work:
             if config.data.tokenizer:
                 data.tokenizer.save_pretrained(work)
-            more = {"overparam": asdict(expanded)} if expanded else {}
+            more: dict[str, Any] = {"overparam": asdict(expanded)} if expanded else {}
+            more |= {"routers": dict(routed)} if routed else {}
             totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after, more=more)
             shutil.copyfile(training / METRICS, work / METRICS)
         shutil.rmtree(training, ignore_errors=True)

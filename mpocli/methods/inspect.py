@@ -10,7 +10,7 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
 from mpocli.io.checkpoint import CheckpointReader, file_sha256
-from mpocli.io.manifest import MANIFEST, Totals
+from mpocli.io.manifest import MANIFEST, MPOSpec, Totals
 from mpocli.methods.merge import read_mpo
 from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_shape, stored_error
 from mpocli.sparse import bitmask_bytes
@@ -25,12 +25,13 @@ class ModuleView:
     """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond.
 
     `sparsity` = zeros / entries of its sparse tensor (the matrix, or a core), `zeros` of it, None where none is
-    stored as a bitmask; `bytes` as stored.
+    stored as a bitmask; `bytes` as stored. Of `experts` `shared_params` are everybody's, `expert_params` each one's own
+    (router and bias apart).
     """
 
     name: str
     role: str | None
-    action: str  # mpo | kept
+    action: str  # mpo | experts | kept
     reason: str
     shape: tuple[int, int]
     params: int
@@ -43,6 +44,9 @@ class ModuleView:
     in_dims: tuple[int, ...] | None = None
     bond_dims: tuple[int, ...] | None = None
     tied: tuple[str, ...] = ()
+    experts: int = 0
+    shared_params: int = 0
+    expert_params: int = 0
     sparsity: float | None = None
     zeros: int | None = None
     singular_values: tuple[tuple[float, ...], ...] | None = None
@@ -93,7 +97,8 @@ def run(
     views = []
     for count, weight in enumerate(chosen, 1):
         view = _with_sparsity(_view(weight), weight, checkpoint.reader)
-        if spectrum and (weight.entry or module or weight.role) and not weight.obstacle:
+        is_experts = weight.entry is not None and weight.entry.spec.experts
+        if spectrum and (weight.entry or module or weight.role) and not weight.obstacle and not is_experts:
             view = _with_spectrum(view, checkpoint, weight, sites)
         views.append(view)
         if progress and spectrum:
@@ -138,24 +143,35 @@ def _view(weight: Weight) -> ModuleView:
             tied=tied,
         )
     spec = weight.entry.spec
-    central = spec.sites.core_sizes(spec.bond_dims)[spec.sites.central]
+    dense = spec.experts * weight.dense_params if spec.share == "dense" else 0
     return ModuleView(
         weight.name,
         weight.role,
-        "mpo",
+        "experts" if spec.experts else "mpo",
         "",
         weight.shape,
         spec.params,
         weight.dense_params,
-        central,
-        spec.params - central,
+        spec.central_params,
+        spec.auxiliary_params,
         spec.params * weight.dtype.itemsize,
         weight.entry.relative_error,
         spec.out_dims,
         spec.in_dims,
         spec.bond_dims,
         tied,
+        experts=spec.experts,
+        shared_params=spec.central_params if spec.experts and spec.share == "central" else 0,
+        expert_params=_expert_params(spec, dense),
     )
+
+
+def _expert_params(spec: MPOSpec, dense: int) -> int:
+    """Of one expert's own."""
+    if not spec.experts:
+        return 0
+    shared = spec.central_params if spec.share == "central" else 0
+    return (dense or spec.central_params + spec.auxiliary_params - shared) // spec.experts
 
 
 def _zeros(reader: CheckpointReader, key: str) -> int:
@@ -235,7 +251,7 @@ def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None)
         if claimed and origin.reader.sha256 not in claimed:
             problems.append(f"base model: {base} has other weights than the ones recorded ({claimed[0][:12]}…)")
     originals = {weight.name: weight for weight in origin.survey.weights} if origin else {}
-    mpos = [weight for weight in checkpoint.survey.weights if weight.entry is not None]
+    mpos = [w for w in checkpoint.survey.weights if w.entry is not None and not w.entry.spec.experts]
     for count, weight in enumerate(mpos, 1):
         assert weight.entry is not None
         mpo = read_mpo(checkpoint.reader, weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.targets import Weight
 from mpocli.io.checkpoint import CheckpointReader
-from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.manifest import Manifest, ModuleEntry, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter
 from mpocli.mpo import MPO
@@ -27,6 +27,7 @@ class MergeReport:
     seconds: float
     merged: int
     unpacked: int
+    experts: int
     before: Totals
     totals: Totals
 
@@ -44,8 +45,9 @@ def run(
 ) -> MergeReport:
     """Write an ordinary transformers checkpoint: every matrix rebuilt in float64, then cast to its cores' dtype.
 
-    Sparse weights keep their zeros; those of a sparse core vanish in the contraction. Raises `InputError` for a
-    checkpoint that is ordinary already or cannot be read.
+    Sparse weights keep their zeros; those of a sparse core vanish in the contraction. Experts become dense ones, which
+    no stock class has: that output still needs the plug-in. Raises `InputError` for a checkpoint that is ordinary
+    already or cannot be read.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -57,7 +59,10 @@ def run(
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
     reader = checkpoint.reader
     mpos = {weight.key: weight for weight in checkpoint.survey.weights if weight.entry is not None}
-    skip = {SIGNPOST}
+    experts = [weight for weight in mpos.values() if weight.entry is not None and weight.entry.spec.experts]
+    if mpos and all(weight.entry and weight.entry.spec.share == "dense" for weight in mpos.values()):
+        raise InputError(f"{model}: has dense experts, for which there is no stock class", hint="load it as it is")
+    skip = set() if experts else {SIGNPOST}
     for weight in mpos.values():
         assert weight.entry is not None
         skip |= {f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
@@ -67,7 +72,8 @@ def run(
             if key in skip:
                 continue
             if key in mpos:
-                tensor = dense_tensor(reader, mpos[key])
+                is_experts = mpos[key] in experts
+                tensor = dense_experts(reader, mpos[key]) if is_experts else dense_tensor(reader, mpos[key])
                 done += 1
                 if progress:
                     progress(done, len(mpos), mpos[key].name)
@@ -79,16 +85,50 @@ def run(
             writer.add(key, cast(tensor, getattr(torch, dtype) if dtype else tensor.dtype, key))
         files = writer.finish()
         size = sum(file.stat().st_size for file in files)
-        totals = checkpoint.totals(checkpoint.survey.dense_params, size, dtype)
+        entries = tuple(_as_dense(weight, dtype) for weight in experts)
+        more = sum(entry.spec.params - entry.spec.dense_params for entry in entries)
+        totals = checkpoint.totals(checkpoint.survey.dense_params + more, size, dtype)
         manifest = Manifest(
             base_model=checkpoint.base_model(),
+            modules=entries,
+            routing=checkpoint.routing,
             totals=totals,
             history=checkpoint.history("merge", {"dtype": dtype}, 0),
         )
         write_surroundings(work, checkpoint, manifest, dtype=dtype)
     return MergeReport(
-        str(out), time.perf_counter() - started, len(mpos), len(checkpoint.encodings), checkpoint.totals(), totals
+        out=str(out),
+        seconds=time.perf_counter() - started,
+        merged=len(mpos),
+        unpacked=len(checkpoint.encodings),
+        experts=len(experts),
+        before=checkpoint.totals(),
+        totals=totals,
     )
+
+
+def _as_dense(weight: Weight, dtype: str | None) -> ModuleEntry:
+    """The manifest's entry of dense experts in the place of those that share a core."""
+    assert weight.entry is not None
+    rows, columns = weight.shape
+    spec = replace(weight.entry.spec, share="dense", out_dims=(rows, 1), in_dims=(1, columns), bond_dims=(1, 1, 1))
+    return ModuleEntry(weight.name, weight.role, spec, dtype or weight.entry.dtype)
+
+
+def dense_experts(reader: CheckpointReader, weight: Weight) -> torch.Tensor:
+    """(n, O, I), the matrices of a layer's experts in their cores' dtype."""
+    assert weight.entry is not None
+    spec = weight.entry.spec
+    if spec.share == "dense":
+        return reader.read(f"{weight.core_prefix}.weight")
+    cores = [reader.read(f"{weight.core_prefix}.{core}") for core in spec.core_shapes()]
+    for core, name in zip(cores, spec.core_shapes(), strict=True):
+        check_finite(core, f"{weight.core_prefix}.{name}")
+    matrices = []
+    for expert in range(spec.experts):
+        own = tuple((core[expert] if core.dim() == 5 else core).double() for core in cores)
+        matrices.append(MPO(own, weight.shape).to_matrix().to(cores[0].dtype))
+    return torch.stack(matrices)
 
 
 def read_mpo(reader: CheckpointReader, weight: Weight) -> MPO:

@@ -95,6 +95,11 @@ def _target(weight: Weight, config: SparsifyConfig) -> tuple[Target | None, str]
         return None, f"its weight is tied to {weight.members[1].name}"
     if weight.kind == "embedding" and config.method in CALIBRATED:
         return None, "an embedding has no inputs to look at"
+    if weight.entry is not None and weight.entry.spec.experts:
+        if weight.entry.spec.share != "central":
+            return None, "experts that share no core"
+        if config.method in CALIBRATED:
+            return None, f"{config.method} looks at one layer's inputs, not at those of experts"
     assert weight.key is not None
     if weight.entry is None:
         layout: Layout = "transposed" if weight.kind == "conv1d" else "matrix"

@@ -77,6 +77,10 @@ def run(
     checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
     if not checkpoint.is_mpo:
         raise InputError(f"{model}: has no MPOs to squeeze", hint="run mpocli decompose, then mpocli finetune")
+    if checkpoint.routing:
+        raise InputError(
+            f"{model}: its experts share cores, whose bonds are not cut", hint="squeeze first, then expand"
+        )
     if checkpoint.encodings:
         raise InputError(
             f"{model}: {len(checkpoint.encodings)} of its tensors are sparse, and a cut bond would fill their zeros",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mpocli.nn import MPOLinear, MPOModule
+from mpocli.nn import MPOExperts, MPOLinear, MPOModule
 
 Role = Literal["central", "auxiliary", "other"]
 UPDATES = ("auxiliary", "central", "all")
@@ -38,7 +38,7 @@ def set_update(model: nn.Module, update: str) -> None:
 def set_recompute(model: nn.Module, recompute: bool) -> None:
     """Whether MPO layers rebuild their weight again in the backward pass instead of keeping it."""
     for module in model.modules():
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLinear | MPOExperts):
             module.recompute = recompute
 
 

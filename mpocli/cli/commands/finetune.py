@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpocli.methods.finetune import FinetuneReport
     from mpocli.methods.overparam import OverparamReport
 
+EXPERTS = "Of a mixture of experts: other than its checkpoint says"
 OVER = "Over-parameterisation (OPF): train more, deploy the same"
 
 
@@ -116,6 +117,20 @@ def command(
     score_batches: Annotated[
         int, typer.Option("--score-batches", metavar="N", help="static: to take losses on.", rich_help_panel=OVER)
     ] = 8,
+    mask_prob: Annotated[
+        float | None,
+        typer.Option("--mask-prob", metavar="P", help="Discard a shared core's update.", rich_help_panel=EXPERTS),
+    ] = None,
+    balance_loss: Annotated[
+        float | None, typer.Option("--balance-loss", metavar="X", help="Times Switch's.", rich_help_panel=EXPERTS)
+    ] = None,
+    z_loss: Annotated[
+        float | None, typer.Option("--z-loss", metavar="X", help="Times the router's.", rich_help_panel=EXPERTS)
+    ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option("--capacity-factor", metavar="F", help="Drop what exceeds it.", rich_help_panel=EXPERTS),
+    ] = None,
     eval_batch_size: task_.EvalBatch = 64,
     max_new_tokens: task_.NewTokens = 96,
     log_steps: train_.LogSteps = 50,
@@ -175,6 +190,11 @@ def command(
     splits = min(2, top_n) if splits is None else splits
     if splits > top_n:
         raise UsageError(f"--splits {splits}: more portions than --top-n {top_n}", hint="choose --splits 1 to --top-n")
+    for option, factor in (("--balance-loss", balance_loss), ("--z-loss", z_loss)):
+        at_least(option, factor, 0)
+    train_.check_positive("--capacity-factor", capacity_factor)
+    if mask_prob is not None:
+        train_.check_share("--mask-prob", mask_prob)
     roles = parse_layers(layers) or ()
     chosen_seeds = _seeds(seeds)
     data = task_.data_options(
@@ -195,6 +215,7 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import finetune
     from mpocli.methods.overparam import Overparam
+    from mpocli.methods.student_experts import RoutingChanges
 
     config = finetune.FinetuneConfig(
         data=data,
@@ -223,6 +244,7 @@ def command(
             score_batches=score_batches,
         ),
         raise_layers=roles if overparam == "none" else (),
+        routing=RoutingChanges(mask_prob, balance_loss, z_loss, capacity_factor),
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -286,6 +308,8 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     )
     if first.overparam is not None:
         _show_expanded(first.overparam)
+    for line in _router_lines(first):
+        render.out.print(line)
     if first.selected_step != first.steps:
         render.out.print(f"kept the weights of step {first.selected_step:,}, the best on held-out training data")
     for split, cut in first.truncated.items():
@@ -295,6 +319,21 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
         render.err.print(f"resumed from step {first.resumed_from:,}")
     where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
     render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s", markup=False)
+
+
+def _router_lines(report: FinetuneReport) -> list[str]:
+    """How evenly routers spread their tokens, over all layers."""
+    found = [router for router in report.routers.values() if router]
+    if not found:
+        return []
+    loads = [share for router in found for share in router["load"]]
+    entropy = statistics.mean(router["entropy_nats"] for router in found)
+    dropped = statistics.mean(router["dropped"] for router in found)
+    even = 1 / len(found[0]["load"])
+    return [
+        f"{len(found)} routers: load of an expert {min(loads):.3f} to {max(loads):.3f} ({even:.3f} is even), entropy "
+        f"{entropy:.2f} nats, dropped {dropped:.1%}"
+    ]
 
 
 def _show_expanded(report: OverparamReport) -> None:

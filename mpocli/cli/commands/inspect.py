@@ -91,7 +91,7 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
         _matrices(report)
     else:
         render.show(_roles(report))
-    if any(view.action == "mpo" and view.relative_error is None for view in report.modules):
+    if any(view.action != "kept" and view.relative_error is None for view in report.modules):
         render.out.print(render.UNKNOWN, style="dim")
     for view in report.modules:
         if view.singular_values is not None:
@@ -113,7 +113,7 @@ def _roles(report: InspectReport) -> Any:
     columns = ("sparsity",) if report.sparsity is not None else ()
     table = render.table("role", "as MPO", "parameters", "ratio", "central", "auxiliary", "err", *columns, "bytes")
     for role, views in render.by_role(report.modules):
-        made = [view for view in views if view.action == "mpo"]
+        made = [view for view in views if view.action != "kept"]
         known = [view.relative_error for view in made if view.relative_error is not None]
         params = sum(view.params for view in views)
         table.add_row(
@@ -148,13 +148,14 @@ def _matrices(report: InspectReport) -> None:
     header = f"{'shape':>13} {'parameters':>11} {'ratio':>6} {'central':>10} {'auxiliary':>9} {'err':>7}  bonds"
     render.out.print(header, style="bold")
     for view in report.modules:
-        made = view.action == "mpo"
+        made = view.action != "kept"
         bonds = " ".join(map(str, view.bond_dims[1:-1])) if made and view.bond_dims else "dense"
         render.out.print(f"[bold]{view.name}[/bold]  [dim]{view.role or ''}[/dim]")
         render.out.print(
             f"{view.shape[0]:>7}x{view.shape[1]:<5} {view.params:>11,} {view.params / view.dense_params:>6.3f} "
             f"{render.count(view.central_params):>10} {render.count(view.auxiliary_params):>9} "
             f"{render.error(view.relative_error) if made else '':>7}  {bonds}"
+            + (f", {view.experts} experts of {view.expert_params:,} + {view.shared_params:,}" if view.experts else "")
             + (f", {view.sparsity:.1%} of {'the central core' if made else 'it'} zero" if view.sparsity else "")
         )
 

@@ -53,4 +53,7 @@ def command(
     table.add_row("parameters", render.count(report.before.params), render.count(report.totals.params))
     table.add_row("bytes", render.size(report.before.bytes), render.size(report.totals.bytes))
     render.show(table)
+    if report.experts:
+        what = f"{report.experts} layers have dense experts now, and no stock class has such"
+        render.err.print(f"{what}: loading still needs import mpocli", style="yellow")
     render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)
