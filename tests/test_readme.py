@@ -25,7 +25,7 @@ COMMANDS = [
 ]
 
 
-WRITERS = ("decompose", "merge", "finetune", "squeeze", "sparsify")
+WRITERS = ("decompose", "merge", "finetune", "squeeze", "sparsify", "expand-moe")
 WORDS = ["fine", "good", "warm", "bad", "dull", "cold", "film", "plot", "a", "the", "name", "[", "]", ","]
 
 
@@ -198,3 +198,15 @@ def test_the_sparsify_recipe_runs_from_end_to_end(
     merged = tf.AutoModelForSequenceClassification.from_pretrained(shop / "sparse" / "merged")
     weight = merged.bert.encoder.layer[0].output.dense.weight
     assert int((weight == 0).sum()) == int(weight.numel() * 0.8)
+
+
+def test_the_moe_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three arms trained alike; the experts that share are smaller than the dense ones."""
+    monkeypatch.chdir(shop)
+    arguments = ["small-bert", "sst2", "SST-2/train.tsv", "SST-2/dev.tsv", "3", "moe", "--steps", "3", "--lr", "2e-4"]
+    printed = [mpocli(words, capsys) for words in recipe("moe.sh", arguments, shop)]
+    assert [code for code, _, _ in printed] == [0] * 7, printed
+    sizes = {name: (shop / "moe" / name / "model.safetensors").stat().st_size for name in ("experts", "dense-experts")}
+    assert sizes["experts"] < sizes["dense-experts"]
