@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mpocli.errors import UsageError
+from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.routing import RoutingConfig
@@ -63,7 +64,8 @@ class ExpandConfig:
 class ExpertsReport:
     """What became of one matrix: elements of the core in common and of each expert's own, against n dense experts.
 
-    `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of what is stored (0 for dense experts); `size_ratio` = stored / n dense ones.
+    `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of what is stored (0 for dense experts), None where that was not measured: with
+    noise, and of cores that were trained before. `size_ratio` = stored / n dense ones.
     """
 
     name: str
@@ -78,7 +80,7 @@ class ExpertsReport:
     dense_params: int
     dense_experts_params: int
     size_ratio: float
-    relative_error: float
+    relative_error: float | None
     out_dims: tuple[int, ...]
     in_dims: tuple[int, ...]
     bond_dims: tuple[int, ...]
@@ -131,6 +133,17 @@ def run(
         default_roles=DEFAULT_ROLES,
     )
     found, kept = networks(chosen)
+    for glob, _ in config.shapes:
+        if not any(fnmatchcase(weight.name, glob) for network in found for weight in network.weights):
+            select(
+                checkpoint.survey.weights,
+                layers=None,
+                targets=(glob,),
+                ignore=(),
+                default_roles=(),
+                target_option="--shape",
+            )
+            raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
     worker = _Expander(checkpoint, config, found, progress)
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
         worker.write(writer)
@@ -222,10 +235,10 @@ class _Expander:
         """The tensors to store for one matrix, without its bias."""
         config, dtype = self.config, weight.dtype
         # Of its own for every matrix: the others' draws do not depend on what was chosen before.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + len(self.done))
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + len(self.done)) % 2**63)
         tensors: dict[str, Tensor] = {}
         options: dict[str, Any] = {"experts": config.experts, "place": place, "dtype": dtype}
-        error = 0.0
+        error: float | None = 0.0
         if config.share is None:
             matrix = self._matrix(weight)
             dense = DenseExperts.from_matrix(matrix, **options)
@@ -256,10 +269,10 @@ class _Expander:
         assert weight.key is not None
         return weight.oriented(self.checkpoint.reader.read(weight.key))
 
-    def _mpo(self, weight: Weight) -> tuple[MPO, float]:
-        """The stored cores, or a decomposition of the matrix; and its relative error as it will be stored."""
+    def _mpo(self, weight: Weight) -> tuple[MPO, float | None]:
+        """The stored cores, or a decomposition of the matrix; and its relative error as it will be stored, if known."""
         if weight.entry is not None:
-            return read_mpo(self.checkpoint.reader, weight), weight.entry.relative_error or 0.0
+            return read_mpo(self.checkpoint.reader, weight), weight.entry.relative_error
         assert weight.key is not None
         matrix, name = self._matrix(weight), weight.key
         mpo, _ = decompose(matrix, self._sites(weight), Truncation(self.config.trunc), name=name)
@@ -268,8 +281,6 @@ class _Expander:
         return stored, difference / norm if norm else 0.0
 
     def _sites(self, weight: Weight) -> SiteShape:
-        from fnmatch import fnmatchcase
-
         for glob, sites in reversed(self.config.shapes):  # the last word counts
             if fnmatchcase(weight.name, glob):
                 sites.check_fits(weight.shape, weight.name)
@@ -306,7 +317,7 @@ class _Expander:
                 dense_params=weight.dense_params,
                 dense_experts_params=spec.experts * weight.dense_params,
                 size_ratio=weights / (spec.experts * weight.dense_params),
-                relative_error=entry.relative_error or 0.0,
+                relative_error=entry.relative_error,
                 out_dims=spec.out_dims,
                 in_dims=spec.in_dims,
                 bond_dims=spec.bond_dims,

@@ -44,10 +44,13 @@ def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
     none.
     """
     layers: dict[str, list[Weight]] = {}
+    found, kept = [], []
     for weight in weights:
+        if weight.role not in ("ffn", None):
+            kept.append(Kept(weight.name, weight.role, f"its role is {weight.role}, and networks are ffn"))
+            continue
         match = _LAYER.match(weight.name)
         layers.setdefault(match[1] if match else weight.name, []).append(weight)
-    found, kept = [], []
     for layer, members in layers.items():
         reason = _why_not(members)
         if reason:

@@ -213,6 +213,7 @@ def _show(report: ExpandReport) -> None:
         groups.setdefault(key, []).append(module)
     for (place, shape, shared, own), members in groups.items():
         first = report.modules[[m.name for m in report.modules].index(members[0].name)]  # type: ignore[attr-defined]
+        errors = [m.relative_error for m in members if m.relative_error is not None]  # type: ignore[attr-defined]
         table.add_row(
             f"{len(members)} {'first' if place == 'in' else 'last'}",
             "x".join(map(str, shape)),  # type: ignore[call-overload]
@@ -221,7 +222,7 @@ def _show(report: ExpandReport) -> None:
             f"{own:,}",
             f"{first.shared_params + report.experts * first.own_params:,}",
             f"{first.size_ratio:.3f}",
-            render.error(max(m.relative_error for m in members)),  # type: ignore[attr-defined]
+            render.error(max(errors) if len(errors) == len(members) else None),
         )
     render.show(table)
     totals = render.table("", "parameters", "weight files")
