@@ -150,6 +150,21 @@ def test_kill_9_and_resume_gives_the_bytes_of_the_uninterrupted_run(
     assert tree(work / "cut") == tree(work / "whole")
 
 
+def test_recomputing_activations_or_weights_changes_no_result_and_counts_no_token_twice(train: Run, work: Path) -> None:
+    """Routing is done again in the backward pass."""
+    options = ["--steps", 3, "--lr", 1e-3, "--capacity-factor", 1.0]
+    plain = train("plain", *options)
+    for name in ("gradient-checkpointing", "recompute-weights"):
+        report = train(name, *options, f"--{name}")
+        losses = [[line["loss"] for line in tasks.logged(work / out)] for out in ("plain", name)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        (found,), (wanted,) = report["routers"].values(), plain["routers"].values()
+        assert found["tokens"] == wanted["tokens"] and found["load"] == pytest.approx(wanted["load"], abs=0.01)
+        one, other = weights(work / "plain"), weights(work / name)
+        names = [key for key in one if not key.endswith("key.bias")]  # whose gradient is rounding
+        assert max(float((one[key] - other[key]).abs().max()) for key in names) <= 1e-5
+
+
 IN_EACH_PROCESS = """
 import hashlib, os, sys
 from pathlib import Path
@@ -198,7 +213,7 @@ def test_two_processes_draw_equal_masks_and_end_with_equal_weights(
             assert float((one[name] - two[name]).abs().max()) <= 1e-4, name
 
 
-def test_experts_of_trained_cores_claim_no_error(cli: Cli, train: Run, expand: Run, lab: Path, work: Path) -> None:
+def test_experts_of_trained_cores_claim_no_error(cli: Cli, train: Run, lab: Path, work: Path) -> None:
     """What was decomposed and then trained has no dense matrix to be compared with."""
     decompose.run(str(lab / "body"), DecomposeConfig(layers=("ffn",)), work / "mpo")
     train("tuned", "--steps", 2, model=work / "mpo")
