@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -234,8 +235,8 @@ class _Expander:
     def _expanded(self, weight: Weight, place: Place, router: str | None) -> dict[str, Tensor]:
         """The tensors to store for one matrix, without its bias."""
         config, dtype = self.config, weight.dtype
-        # Of its own for every matrix: the others' draws do not depend on what was chosen before.
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + len(self.done)) % 2**63)
+        # By the matrix's name: what is drawn for it does not depend on what else was chosen.
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + crc32(weight.name.encode())) % 2**63)
         tensors: dict[str, Tensor] = {}
         options: dict[str, Any] = {"experts": config.experts, "place": place, "dtype": dtype}
         error: float | None = 0.0
