@@ -22,8 +22,9 @@ from mpocli.io.encoding import add_encoded
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter, Sink
+from mpocli.methods.kept import Kept
 from mpocli.methods.merge import read_mpo
-from mpocli.methods.moe_plan import Kept, Network, networks
+from mpocli.methods.moe_plan import Network, networks
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpocli.errors import InputError
 from mpocli.hf.targets import Weight
+from mpocli.methods.kept import Kept
 
 # Everything up to the last number of a module's path: its layer, and in T5 its place in the layer.
 _LAYER = re.compile(r"(.*\.\d+)\.")
@@ -25,16 +26,6 @@ class Network:
     @property
     def weights(self) -> tuple[Weight, ...]:
         return (*self.first, self.last)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A matrix of a network that stays as it is, and why."""
-
-    name: str
-    role: str | None
-    reason: str
-    action: str = "kept"
 
 
 def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
+from mpocli.methods.kept import Kept
 from mpocli.methods.sparsify_config import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.nn.masked import Layout
 
@@ -50,16 +51,6 @@ class Target:
 
     def stored(self, matrix: Tensor) -> Tensor:
         return (matrix.T if self.layout == "transposed" else matrix).reshape(self.shape).contiguous()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A selected matrix that stays as it is, and why."""
-
-    name: str
-    role: str | None
-    reason: str
-    action: str = "kept"
 
 
 def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], list[Kept]]:

@@ -13,7 +13,7 @@ from mpocli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mpocli.hf.routing import RoutingConfig
-    from mpocli.methods.expand_moe import ExpandReport
+    from mpocli.methods.expand_moe import ExpandReport, ExpertsReport
 
 WHAT = "What becomes experts"
 ROUTER = "How tokens are routed"
@@ -207,19 +207,19 @@ def _show(report: ExpandReport) -> None:
     table = render.table(
         "matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense experts", "err"
     )
-    groups: dict[tuple[object, ...], list[object]] = {}
+    groups: dict[tuple[object, ...], list[ExpertsReport]] = {}
     for module in report.modules:
         key = (module.place, module.shape, module.shared_params, module.own_params)
         groups.setdefault(key, []).append(module)
-    for (place, shape, shared, own), members in groups.items():
-        first = report.modules[[m.name for m in report.modules].index(members[0].name)]  # type: ignore[attr-defined]
-        errors = [m.relative_error for m in members if m.relative_error is not None]  # type: ignore[attr-defined]
+    for members in groups.values():
+        first = members[0]
+        errors = [module.relative_error for module in members if module.relative_error is not None]
         table.add_row(
-            f"{len(members)} {'first' if place == 'in' else 'last'}",
-            "x".join(map(str, shape)),  # type: ignore[call-overload]
+            f"{len(members)} {'first' if first.place == 'in' else 'last'}",
+            "x".join(map(str, first.shape)),
             f"{first.dense_params:,}",
-            f"{shared:,}",
-            f"{own:,}",
+            f"{first.shared_params:,}",
+            f"{first.own_params:,}",
             f"{first.shared_params + report.experts * first.own_params:,}",
             f"{first.size_ratio:.3f}",
             render.error(max(errors) if len(errors) == len(members) else None),

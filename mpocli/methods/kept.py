@@ -1,0 +1,15 @@
+"""A matrix that a command was to change and did not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A selected matrix that stays as it is, and why."""
+
+    name: str
+    role: str | None
+    reason: str
+    action: str = "kept"
