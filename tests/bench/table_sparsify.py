@@ -23,8 +23,8 @@ from typing import Any
 from runs import mpocli, options, spread
 
 TASKS: dict[str, dict[str, Any]] = {
-    "sst2": {"metric": "accuracy", "limit": 8000, "steps": 500, "batch": 32, "sparsities": (0.5, 0.9)},
-    "stsb": {"metric": "spearmanr", "limit": 4000, "steps": 500, "batch": 16, "sparsities": (0.9,)},
+    "sst2": {"metric": "accuracy", "limit": 8000, "steps": 375, "batch": 32, "sparsities": (0.5, 0.9)},
+    "stsb": {"metric": "spearmanr", "limit": 4000, "steps": 375, "batch": 16, "sparsities": (0.9,)},
     "gpt2": {"metric": "perplexity"},
 }
 MAX_LENGTH = 64
