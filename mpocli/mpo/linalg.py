@@ -110,3 +110,19 @@ def left_split(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             hint="try another --shape or --sites for this matrix, or --ignore it",
         ) from error
     return basis, rest, torch.linalg.vector_norm(rest, dim=1).square()
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors (columns) of a symmetric matrix.
+
+    Raises `NumericsError` where LAPACK does not converge.
+    """
+    try:
+        with _one_thread(len(matrix)):
+            values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise NumericsError(
+            f"the eigenvectors of a {len(matrix)}x{len(matrix)} matrix did not converge ({error})",
+            hint="look for extreme values in the weights or in the inputs",
+        ) from error
+    return values, vectors

@@ -4,8 +4,9 @@
     python tests/bench/table_moe.py wikitext2 --data $data --model $models/gpt2-wikitext2-mini --work DIR
     python tests/bench/table_moe.py e2e --data $data --model $models/t5-e2e-mini --work DIR
 
-Every arm goes on training the same model for the same tokens, with three learning rates on the first seed and the other
-seed at its best. Results are kept in DIR, so that a run that was stopped goes on.
+Every arm goes on training the same model for the same tokens. Its learning rate is the best of three on the development
+data after a third of the steps of the first seed; both seeds then take all steps at that rate, and are tested once.
+Results are kept in DIR, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from runs import mpocli, options, spread
 TASKS: dict[str, dict[str, Any]] = {
     # 8 windows of 256 tokens, 500 steps: 1.02 M tokens.
     "wikitext2": {
-        "how": ("--task", "lm", "--max-length", 256, "--batch-size", 8, "--steps", 500),
+        "how": ("--task", "lm", "--max-length", 256, "--batch-size", 8),
+        "steps": 500,
         "train": "train.txt",
         "eval": "valid.txt",
         "test": "test.txt",
@@ -32,7 +34,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "arms": ("dense", "dense experts", "MPOE", "MPOE, no mask"),
     },
     "e2e": {
-        "how": ("--task", "e2e", "--max-length", 64, "--batch-size", 16, "--steps", 400),
+        "how": ("--task", "e2e", "--max-length", 64, "--batch-size", 16),
+        "steps": 400,
         "train": "trainset.csv",
         "eval": "devset.csv",
         "test": "testset_w_refs.csv",
@@ -66,8 +69,8 @@ class Table:
             mpocli(*what, "-o", made, threads=self.options.threads)
         return made
 
-    def run(self, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        name = f"{arm.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}"
+    def run(self, arm: str, rate: float, seed: int, *, tune: bool = False) -> dict[str, Any]:
+        name = f"{arm.replace(', ', '-').replace(' ', '-')}-lr{rate:g}-seed{seed}{'-tune' if tune else ''}"
         record = self.work / f"{name}.json"
         if record.is_file():
             kept: dict[str, Any] = json.loads(record.read_text())
@@ -75,14 +78,15 @@ class Table:
         began, task = time.time(), self.task
         report = mpocli(
             *("finetune", self.start(arm, seed), *task["how"], "--train", self.data / task["train"]),
-            *("--eval", self.data / task["eval"], "--test", self.data / task["test"]),
+            *("--eval", self.data / task["eval"], "--steps", task["steps"] // 3 if tune else task["steps"]),
+            *(() if tune else ("--test", self.data / task["test"])),
             *("--lr", rate, "--seed", seed, "--precision", self.options.precision, "--save-steps", 100_000),
             *("-o", self.work / name, "--overwrite"),
             threads=self.options.threads,
         )
         report["minutes"] = (time.time() - began) / 60
         record.write_text(json.dumps(report))
-        print(f"{time.strftime('%H:%M:%S')} {name}: {report['metrics']} {report['test_metrics']}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {name}: {report['metrics']} {report.get('test_metrics')}", flush=True)
         return report
 
     def measure(self) -> None:
@@ -91,11 +95,13 @@ class Table:
         with ThreadPoolExecutor(self.options.parallel) as pool:
             for arm in arms:  # one after the other, before runs share them
                 self.start(arm, SEEDS[0])
-            jobs = {(arm, rate): pool.submit(self.run, arm, rate, SEEDS[0]) for rate in RATES for arm in arms}
+            jobs = {
+                (arm, rate): pool.submit(self.run, arm, rate, SEEDS[0], tune=True) for rate in RATES for arm in arms
+            }
             tuned = {key: job.result() for key, job in jobs.items()}
             best = {arm: max(RATES, key=lambda rate: sign * tuned[arm, rate]["metrics"][metric]) for arm in arms}
-            rest = {(arm, seed): pool.submit(self.run, arm, best[arm], seed) for seed in SEEDS[1:] for arm in arms}
-            runs = {arm: [tuned[arm, best[arm]], *(rest[arm, seed].result() for seed in SEEDS[1:])] for arm in arms}
+            whole = {(arm, seed): pool.submit(self.run, arm, best[arm], seed) for seed in SEEDS for arm in arms}
+            runs = {arm: [whole[arm, seed].result() for seed in SEEDS] for arm in arms}
         before = runs["dense"][0]["metrics_before"][metric]
         plain = sum(run["step_seconds"] for run in runs["dense"]) / len(runs["dense"])
         print(f"\nbefore: {metric} {before:.3f} on the development data")
@@ -108,11 +114,11 @@ class Table:
                 f"{totals['params']:,} | {totals['bytes'] / 1e6:.1f} MB | {seconds / plain:.2f}× |"
             )
         for (arm, rate), report in tuned.items():
-            print(f"seed {SEEDS[0]}, {arm}, rate {rate:g}: {report['metrics'][metric]:.4f}")
+            print(f"tuning, {arm}, rate {rate:g}: {report['metrics'][metric]:.4f}")
         minutes = sum(json.loads(file.read_text())["minutes"] for file in self.work.glob("*.json"))
         print(
-            f"\n{' '.join(map(str, self.task['how']))}, {self.options.precision}, seeds {list(SEEDS)}; "
-            f"{minutes:.0f} process-minutes, {platform.machine()}, {os.cpu_count()} cores, "
+            f"\n{' '.join(map(str, self.task['how']))}, {self.task['steps']} steps, {self.options.precision}, "
+            f"seeds {list(SEEDS)}; {minutes:.0f} process-minutes, {platform.machine()}, {os.cpu_count()} cores, "
             f"{self.options.parallel} runs at a time"
         )
 
