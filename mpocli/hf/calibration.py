@@ -69,7 +69,7 @@ def blocks(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> list[l
     block that was reached, modules that were not (an expert without tokens) come last. Raises `InputError` for a
     module that was not reached, nor anything of its block.
     """
-    with _evaluating(model):
+    with evaluating(model):
         return [group.names for group in _groups(model, names, batch)]
 
 
@@ -99,7 +99,7 @@ def sequential(
     """
     if not batches:
         raise InputError("there are no calibration batches", hint="name a file with text")
-    with _evaluating(model):
+    with evaluating(model):
         groups = _groups(model, names, batches[0])
         for done, group in enumerate(groups, 1):
             found = _collect(model, batches, group, gram)
@@ -138,7 +138,7 @@ def _groups(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> list[
                 calls[name] += 1
 
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(count).remove)
-        _run(model, batch)
+        run(model, batch)
     place = {name: position for position, name in enumerate(calls)}
     never = len(place)
     members: dict[str, list[str]] = {}
@@ -190,7 +190,7 @@ def _collect(model: PreTrainedModel, batches: Sequence[Batch], group: _Group, gr
             raise _Reached
 
     with ExitStack() as hooks:
-        padding = _Padding(model, hooks)
+        padding = Padding(model, hooks)
         for name in group.names:
 
             def record(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -206,11 +206,11 @@ def _collect(model: PreTrainedModel, batches: Sequence[Batch], group: _Group, gr
             left = group.calls
             padding.start(batch)
             with suppress(_Reached):
-                _run(model, batch)
+                run(model, batch)
     return found
 
 
-class _Padding:
+class Padding:
     """Which vectors of a module's input stand for tokens of the text."""
 
     def __init__(self, model: PreTrainedModel, hooks: ExitStack) -> None:
@@ -252,18 +252,24 @@ class _Padding:
         return encoded is not None and x.shape == encoded.shape and x.data_ptr() == encoded.data_ptr()
 
 
-def _run(model: PreTrainedModel, batch: Batch) -> None:
-    model(**{key: value.to(model.device) for key, value in batch.items()})
+def run(model: PreTrainedModel, batch: Batch) -> Any:
+    """The model's outputs for a batch from any device."""
+    return model(**{key: value.to(model.device) for key, value in batch.items()})
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own mode comes back."""
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients, or with those of activations alone; every setting comes back."""
     modes = {module: module.training for module in model.modules()}
+    learnt = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.eval()
-        with torch.no_grad():
+        if gradients:
+            model.requires_grad_(False)
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for parameter, setting in learnt.items():
+            parameter.requires_grad_(setting)

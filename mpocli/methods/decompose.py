@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.io.manifest import Manifest, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
+from mpocli.methods.decompose_budget import decide
 from mpocli.methods.decompose_plan import DecomposeConfig, plan
 from mpocli.methods.decompose_write import Decomposer, ModuleReport, Progress
 
@@ -26,6 +28,7 @@ class DecomposeReport:
     filled: int = 0  # sparse matrices whose zeros are gone, since they became MPOs
     base_model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "AutoModel"
+    warnings: tuple[str, ...] = ()
 
 
 def run(
@@ -48,28 +51,21 @@ def run(
     if not dry_run:
         check_output(out, checkpoint.source.directory, overwrite=overwrite)
     plans = plan(checkpoint, config)
-    # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
-    needs_data = not dry_run or bool(config.rel_tol)
-    worker = Decomposer(checkpoint, config, plans, progress, needs_data)
-    if dry_run:
-        sink = SpecCounter()
-        worker.write(sink)
-        size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
-        totals, _ = worker.totals(size)
-    else:
-        with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
-            worker.write(writer)
-            files = writer.finish()
-            totals, entries = worker.totals(sum(file.stat().st_size for file in files))
-            manifest = Manifest(
-                base_model=checkpoint.base_model(),
-                modules=entries,
-                encodings=worker.encodings,
-                routing=checkpoint.routing,
-                totals=totals,
-                history=checkpoint.history("decompose", config.recorded(), config.seed),
-            )
-            write_surroundings(work, checkpoint, manifest, dtype=config.dtype)
+    warnings: list[str] = []
+    with TemporaryDirectory(prefix="mpocli-") as scratch:
+        if config.budget is not None:
+            folder = Path(scratch)
+            plans = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
+        # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
+        needs_data = not dry_run or bool(config.rel_tol)
+        worker = Decomposer(checkpoint, config, plans, progress, needs_data)
+        if dry_run:
+            sink = SpecCounter()
+            worker.write(sink)
+            size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
+            totals, _ = worker.totals(size)
+        else:
+            totals = _written(out, checkpoint, config, worker)
     return DecomposeReport(
         out=None if dry_run else str(out),
         seconds=time.perf_counter() - started,
@@ -80,4 +76,22 @@ def run(
         filled=len(checkpoint.encodings) - len(worker.encodings),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
+        warnings=tuple(warnings),
     )
+
+
+def _written(out: Path, checkpoint: Checkpoint, config: DecomposeConfig, worker: Decomposer) -> Totals:
+    with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
+        worker.write(writer)
+        files = writer.finish()
+        totals, entries = worker.totals(sum(file.stat().st_size for file in files))
+        manifest = Manifest(
+            base_model=checkpoint.base_model(),
+            modules=entries,
+            encodings=worker.encodings,
+            routing=checkpoint.routing,
+            totals=totals,
+            history=checkpoint.history("decompose", config.recorded(), config.seed),
+        )
+        write_surroundings(work, checkpoint, manifest, dtype=config.dtype)
+    return totals

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
+from mpocli.methods.budget import Budget
+from mpocli.methods.planner import Solution
 from mpocli.mpo import SiteShape, Truncation, site_shape
 
 DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
@@ -37,6 +39,7 @@ class DecomposeConfig:
     max_shard_bytes: int = 5 * 10**9
     revision: str | None = None
     trust_remote_code: bool = False
+    budget: Budget | None = None
 
     def cap(self, role: str | None) -> int | None:
         """The cap on the bonds of a matrix of this role."""
@@ -60,21 +63,27 @@ class DecomposeConfig:
 
     def recorded(self) -> dict[str, Any]:
         """The options for the manifest: no machine-dependent ones."""
-        options = asdict(replace(self, shapes=()))
+        options = asdict(replace(self, shapes=(), budget=None))
         options["shapes"] = [f"{glob}={shape}" for glob, shape in self.shapes]
-        for left_out in ("device", "revision", "seed"):
+        for left_out in ("device", "revision", "seed", "budget"):
             del options[left_out]
-        return options
+        return options | (self.budget.recorded() if self.budget else {})
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`."""
+    """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`.
+
+    With a budget `bonds` are decided too, and `solution` holds the cores. Until then `sites` only says that it may be
+    decomposed.
+    """
 
     weight: Weight
     sites: SiteShape | None
     truncation: Truncation
     reason: str = ""
+    bonds: tuple[int, ...] | None = None
+    solution: Solution | None = None
 
 
 def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
@@ -104,6 +113,9 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
         else:
             sites = _sites(weight, config)
+            if config.budget is not None:
+                plans.append(WeightPlan(weight, sites, truncation))
+                continue
             size = sites.num_params(sites.capped_bond_dims(config.cap(weight.role)))
             reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
             plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))

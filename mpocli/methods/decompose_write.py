@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +18,17 @@ from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
-from mpocli.mpo import MPO, SiteShape, decompose, stored_error, symmetric_gauge
+from mpocli.methods.planner import Solution
+from mpocli.mpo import (
+    MPO,
+    SiteShape,
+    chain_macs,
+    choose_path,
+    decompose,
+    rebuild_macs,
+    stored_error,
+    symmetric_gauge,
+)
 from mpocli.mpo.linalg import cast, dtype_name
 
 Progress = Callable[[int, int, str], None]
@@ -42,6 +53,10 @@ class ModuleReport:
     tied: tuple[str, ...] = ()
     bytes: int = 0
     dense_bytes: int = 0
+    form: str | None = None  # the candidate's name, where a planner chose it
+    weighted_error: float | None = None  # in the norm of the inputs, where there was calibration data
+    path: str | None = None  # how the forward pass computes it, and what that costs a token
+    macs: int | None = None
 
 
 class Decomposer:
@@ -128,12 +143,14 @@ class Decomposer:
         weight, sites = plan.weight, plan.sites
         assert sites is not None and weight.key is not None
         dtype = self._dtype(weight.dtype)
-        bonds = sites.capped_bond_dims(self.config.cap(weight.role))
+        bonds = plan.bonds or sites.capped_bond_dims(self.config.cap(weight.role))
         if not self.needs_data:
             spec = _spec(weight, sites, bonds)
             self.done[weight.name] = ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype))
             return [torch.empty(shape, dtype=dtype, device="meta") for shape in spec.core_shapes().values()]
         matrix = weight.oriented(self.checkpoint.reader.read(weight.key).to(self.device))
+        if plan.solution is not None:
+            return self._solved(plan.solution, weight, matrix, dtype)
         mpo, error = decompose(matrix, sites, plan.truncation, name=weight.key)
         if self.config.keeps_larger and (reason := why_larger(mpo.num_params, weight)):
             self.kept_reason[weight.name] = reason
@@ -155,6 +172,23 @@ class Decomposer:
             center=center,
         )
         return [core.cpu() for core in mpo.cores]
+
+    def _solved(self, solution: Solution, weight: Weight, matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The planner's cores, which are in the dtype of the output already."""
+        mpo = solution.mpo(weight.shape)
+        if self.config.gauge == "symmetric":
+            mpo = symmetric_gauge(mpo)
+            names = (f"{weight.core_prefix}.core_{k}" for k in range(len(mpo.cores)))
+            mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
+        difference, norm = stored_error(matrix, mpo.to(device=matrix.device))
+        self.done[weight.name] = ModuleEntry(
+            name=weight.name,
+            role=weight.role,
+            spec=_spec(weight, mpo.site_shape, mpo.bond_dims),
+            dtype=dtype_name(dtype),
+            relative_error=difference / norm if norm else 0.0,
+        )
+        return list(mpo.cores)
 
     def entries(self) -> Iterator[ModuleEntry]:
         """Manifest entries of the output, in the model's order: those that came in, and those made here."""
@@ -190,6 +224,9 @@ class Decomposer:
         entry = made or weight.entry
         params = entry.spec.params if entry else weight.dense_params
         reason = "" if made else self.kept_reason.get(weight.name, plan.reason)
+        solution = plan.solution if made else None
+        cost = forward_cost(entry.spec) if entry else None
+        error = entry.relative_error if entry else 0.0
         return ModuleReport(
             name=weight.name,
             role=weight.role,
@@ -198,14 +235,27 @@ class Decomposer:
             shape=weight.shape,
             params=params,
             dense_params=weight.dense_params,
-            relative_error=entry.relative_error if entry else 0.0,
+            relative_error=solution.relative_error if solution and error is None else error,
             out_dims=entry.spec.out_dims if entry else None,
             in_dims=entry.spec.in_dims if entry else None,
             bond_dims=entry.spec.bond_dims if entry else None,
             tied=tuple(member.name for member in weight.members[1:]),
             bytes=params * self._dtype(weight.dtype).itemsize,
             dense_bytes=weight.dense_params * weight.dtype.itemsize,
+            form=solution.name if solution else None,
+            weighted_error=solution.weighted_error if solution else None,
+            path=cost[0] if cost else None,
+            macs=cost[1] if cost else None,
         )
+
+
+def forward_cost(spec: MPOSpec, tokens: int = 256) -> tuple[str, int]:
+    """The path that a forward pass of so many tokens takes, and its multiply-accumulates for each of them."""
+    dims = spec.out_dims, spec.in_dims, spec.bond_dims
+    path = choose_path(tokens, *dims)
+    if path == "rebuild":
+        return path, rebuild_macs(*dims) // tokens + math.prod(spec.out_dims) * math.prod(spec.in_dims)
+    return path, chain_macs(*dims, path)
 
 
 def _spec(weight: Weight, sites: SiteShape, bonds: tuple[int, ...]) -> MPOSpec:

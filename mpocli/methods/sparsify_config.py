@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpocli.errors import UsageError
+from mpocli.methods.calibration_data import Calibration
 from mpocli.methods.task_data import DataOptions
 from mpocli.nn.masked import Scoring
 from mpocli.sparse import CubicSchedule, Pattern
@@ -17,15 +18,6 @@ METHODS = ("pst", "magnitude", "movement", "wanda", "sparsegpt")
 CALIBRATED = ("wanda", "sparsegpt")
 _LEARNT = ("pst", "movement")
 DEFAULT_ROLES = ("attention", "ffn")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text whose activations one-shot pruning looks at: `samples` windows of `seq_len` tokens, or rows of the task."""
-
-    source: str
-    samples: int = 128
-    seq_len: int = 256
 
 
 @dataclass(frozen=True)

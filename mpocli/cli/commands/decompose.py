@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpocli.cli import budget_options as plan
 from mpocli.cli import options
+from mpocli.cli import task_options as task_
 from mpocli.cli.options import at_least, one_of
+from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
     from mpocli.methods.decompose import DecomposeReport
@@ -20,6 +24,7 @@ WHICH = "Which matrices"
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     out: options.Out = None,
     trunc: Annotated[
@@ -59,6 +64,22 @@ def command(
             help="A matrix whose MPO is larger than itself. Default: keep if anything is truncated, else decompose.",
         ),
     ] = None,
+    ratio: plan.Ratio = None,
+    max_bytes: plan.MaxBytes = None,
+    max_error: plan.MaxError = None,
+    shapes: plan.Shapes = "auto",
+    calibrate: plan.Calibrate = None,
+    samples: plan.Samples = 128,
+    seq_len: plan.SeqLen = 256,
+    weights: plan.Weights = "fisher",
+    allocation: plan.Allocation = "global",
+    sweeps: plan.Sweeps = 10,
+    sequential: plan.Sequential = False,
+    task: task_.TaskName = None,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
     sites: Annotated[int, typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH)] = 5,
     layers: Annotated[
         str | None,
@@ -103,6 +124,10 @@ def command(
 ) -> None:
     """Turn weight matrices into matrix product operators.
 
+    With --ratio, --max-bytes or --max-error a planner chooses the shape and the
+    bonds of every matrix, the truncated SVD among them, by the error that they
+    make on the text of --calibrate; `mpocli plan` shows what it would choose.
+
     Without a truncation option the result is lossless and 3-15 % larger: the
     start of lightweight fine-tuning and over-parameterisation. With one,
     matrices that would grow stay dense, and the output says which and why.
@@ -114,6 +139,8 @@ def command(
       mpocli decompose gpt2 --layers ffn --ffn-trunc 128 -o gpt2-small
 
       mpocli decompose bert-base-uncased --emb-trunc 100 --dry-run --json
+
+      mpocli decompose gpt2 --ratio 0.5 --layers attention,ffn --calibrate wiki.txt
     """
     caps = {"--trunc": trunc, "--emb-trunc": emb_trunc, "--attention-trunc": attention_trunc}
     for option, value in {**caps, "--ffn-trunc": ffn_trunc, "--pooler-trunc": pooler_trunc}.items():
@@ -125,7 +152,24 @@ def command(
     one_of("--dtype", dtype, options.DTYPES)
     roles = options.parse_layers(layers)
     shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
-    shapes = options.parse_shapes(shape or [])
+    budget = plan.parse(
+        options.given(context),
+        ratio=ratio,
+        max_bytes=max_bytes,
+        max_error=max_error,
+        shapes=shapes,
+        allocation=allocation,
+        weights=weights,
+        sweeps=sweeps,
+        sequential=sequential,
+        calibrate=calibrate,
+        samples=samples,
+        seq_len=seq_len,
+        data=plan.data(task, text_column, label_column, max_length, tokenizer, seed),
+    )
+    if budget is not None:
+        _refuse_fixed(options.given(context))
+    site_shapes = options.parse_shapes(shape or [])
     destination = out or options.default_out(model, "mpo")
     if not dry_run:
         options.check_out_before_download(model, destination, overwrite=overwrite)
@@ -145,7 +189,7 @@ def command(
         pooler_trunc=pooler_trunc,
         rel_tol=rel_tol,
         sites=sites,
-        shapes=shapes,
+        shapes=site_shapes,
         layers=roles,
         targets=tuple(target or ()),
         ignore=tuple(ignore or ()),
@@ -157,6 +201,7 @@ def command(
         max_shard_bytes=shard_bytes,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        budget=budget,
     )
     with quiet.transformers(), render.progress_bar("decompose", enabled=not json) as progress:
         report = decompose.run(model, config, destination, overwrite=overwrite, dry_run=dry_run, progress=progress)
@@ -164,6 +209,17 @@ def command(
         render.print_json("decompose", report)
     else:
         show(report)
+
+
+def _refuse_fixed(given: set[str]) -> None:
+    """`UsageError` for an option that fixes what the planner is asked to choose."""
+    fixed = ("trunc", "emb_trunc", "attention_trunc", "ffn_trunc", "pooler_trunc", "rel_tol", "when_larger", "shape")
+    for name in fixed:
+        if name in given:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} with a budget: the planner chooses shapes and bonds", hint=f"leave {option} out"
+            )
 
 
 def show(report: DecomposeReport) -> None:
@@ -184,6 +240,7 @@ def show(report: DecomposeReport) -> None:
             _over(max, known, made),
             _over(statistics.mean, known, made),
         )
+    forms = Counter(module.form for module in report.modules if module.form)
     totals = report.totals
     rest = totals.dense_params - sum(module.dense_params for module in report.modules)
     if rest:
@@ -198,8 +255,13 @@ def show(report: DecomposeReport) -> None:
         f"weight files  {render.size(report.before.bytes)} → [bold]{render.size(totals.bytes)}[/bold]"
         f"   (ratio = parameters after / dense: below 1 is smaller)"
     )
+    if forms:
+        chosen = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+        render.out.print(f"shapes        {chosen}")
     if report.filled:
         render.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
+    for warning in report.warnings:
+        render.err.print(warning, style="yellow", markup=False)
     for line in render.notes(report.modules):
         render.err.print(line, style="yellow")
     if report.before.params < totals.params and report.before.params < totals.dense_params:

@@ -13,8 +13,8 @@ from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, pars
 from mpocli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mpocli.methods.calibration_data import Calibration
     from mpocli.methods.sparsify import SparsifyReport
-    from mpocli.methods.sparsify_config import Calibration
     from mpocli.nn.masked import Scoring
     from mpocli.sparse import Pattern
 
@@ -306,7 +306,7 @@ def _pattern(text: str) -> Pattern:
 
 
 def _calibration(source: str | None, samples: int, seq_len: int) -> Calibration | None:
-    from mpocli.methods.sparsify_config import Calibration
+    from mpocli.methods.calibration_data import Calibration
 
     at_least("--samples", samples, 1)
     at_least("--seq-len", seq_len, 2)

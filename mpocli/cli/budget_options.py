@@ -1,0 +1,166 @@
+"""Options of the planner: the budget, what may be chosen under it, and the text that decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import task_options as task_
+from mpocli.cli.options import at_least, one_of, parse_bytes
+from mpocli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.budget import Budget
+    from mpocli.methods.task_data import DataOptions
+
+PLAN = "Planned to a budget"
+
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        "--ratio", metavar="X", help="Keep this part of the selected matrices' parameters.", rich_help_panel=PLAN
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option("--max-bytes", metavar="SIZE", help="Of all weight files written, as 300MB.", rich_help_panel=PLAN),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error",
+        metavar="X",
+        help="Largest relative error of any matrix, in what it puts out where --calibrate says what goes in.",
+        rich_help_panel=PLAN,
+    ),
+]
+Shapes = Annotated[
+    str,
+    typer.Option(
+        "--shapes",
+        metavar="auto|svd|paper",
+        help="Every shape for every matrix, the truncated SVD, or the papers' with --sites.",
+        rich_help_panel=PLAN,
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate", metavar="DATA", help="Text, or with --task its rows, to judge errors by.", rich_help_panel=PLAN
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=PLAN)]
+SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=PLAN)]
+Sweeps = Annotated[
+    int, typer.Option("--sweeps", metavar="N", help="Of weighted least squares, at most.", rich_help_panel=PLAN)
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="fisher|input",
+        help="Judge errors by what they do to the loss, or to each matrix's outputs.",
+        rich_help_panel=PLAN,
+    ),
+]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        "--allocation",
+        metavar="global|uniform",
+        help="One budget for all matrices, or the same ratio for each.",
+        rich_help_panel=PLAN,
+    ),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential", help="Fit each block to the inputs that the compressed ones make.", rich_help_panel=PLAN
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare", help="Measure plain SVD, whitened SVD and plain MPO of the same size too.", rich_help_panel=PLAN
+    ),
+]
+# Options that only a budget reads, and those that only a calibration does.
+OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare")
+OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential")
+
+
+def parse(
+    given: set[str],
+    *,
+    ratio: float | None,
+    max_bytes: str | None,
+    max_error: float | None,
+    shapes: str,
+    allocation: str,
+    weights: str,
+    sweeps: int,
+    sequential: bool,
+    calibrate: str | None,
+    samples: int,
+    seq_len: int,
+    data: DataOptions | None,
+) -> Budget | None:
+    """The budget, None where no option asks for one; `UsageError` for options that would be passed over."""
+    at_least("--ratio", ratio, 0)
+    at_least("--max-error", max_error, 0)
+    at_least("--sweeps", sweeps, 0)
+    at_least("--samples", samples, 1)
+    at_least("--seq-len", seq_len, 2)
+    one_of("--shapes", shapes, ("auto", "svd", "paper"))
+    one_of("--allocation", allocation, ("global", "uniform"))
+    one_of("--weights", weights, ("fisher", "input"))
+    size = None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes")
+    if ratio is None and size is None and max_error is None:
+        _refuse(given, (*OF_BUDGET, *OF_CALIBRATION), "no budget", "add --ratio 0.5, --max-bytes or --max-error")
+        return None
+    if calibrate is None:
+        _refuse(given, OF_CALIBRATION, "no --calibrate", "name a text: --calibrate wiki.train.txt")
+
+    from mpocli.methods.budget import Budget
+    from mpocli.methods.calibration_data import Calibration
+
+    return Budget(
+        ratio=ratio,
+        max_bytes=size,
+        max_error=max_error,
+        shapes=shapes,  # type: ignore[arg-type]
+        allocation=allocation,  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
+        sweeps=sweeps,
+        sequential=sequential,
+        calibration=None if calibrate is None else Calibration(calibrate, samples, seq_len),
+        data=data,
+    )
+
+
+def data(
+    task: str | None,
+    text_column: list[str] | None,
+    label_column: str | None,
+    max_length: int,
+    tokenizer: str | None,
+    seed: int,
+) -> DataOptions | None:
+    """How rows or text become tokens, None where nothing says."""
+    if task is None and tokenizer is None and not text_column:
+        return None
+    return task_.data_options(
+        task or "lm",
+        text_column=text_column,
+        label_column=label_column,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+
+
+def _refuse(given: set[str], names: tuple[str, ...], why: str, hint: str) -> None:
+    for name in names:
+        if name in given:
+            raise UsageError(f"--{name.replace('_', '-')} with {why}", hint=hint)

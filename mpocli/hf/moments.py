@@ -1,0 +1,303 @@
+"""Second moments of what goes into a model's matrices and of the gradients that come back, kept on disk between uses.
+
+One streaming pass over the calibration data for as many modules as fit in memory at a time. Modules that read the same
+vectors (query, key and value) share one Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpocli.errors import InputError, NumericsError
+from mpocli.hf.calibration import Batch, Padding, evaluating, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Sums held at one time, in elements; more modules take more passes over the data.
+MOST_ELEMENTS = 2**29
+# A layer with more outputs (a vocabulary) is weighted by one number instead of a matrix.
+WIDEST_OUTPUT = 16_384
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one module over the calibration data, as sums.
+
+    `gram` = Σ x xᵀ (I, I) over `tokens` inputs, None for an embedding, whose inputs are rows of the identity.
+    `output` = Σ g gᵀ (O, O) of the gradients g of the probe's loss by the module's outputs, and `output_trace` its
+    trace; None without a probe, `output` also for a layer of too many outputs.
+    """
+
+    tokens: int
+    gram: Tensor | None
+    output: Tensor | None = None
+    output_trace: float | None = None
+
+
+@dataclass
+class Store:
+    """Moments by module name in a folder, one file for each distinct input and one for each output."""
+
+    folder: Path
+    _inputs: dict[str, tuple[Path | None, int]] = field(default_factory=dict)
+    _outputs: dict[str, tuple[Path | None, float]] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._inputs
+
+    def __getitem__(self, name: str) -> Moments:
+        """Read from disk."""
+        path, tokens = self._inputs[name]
+        gram = load_file(path)["sum"] if path else None
+        if name not in self._outputs:
+            return Moments(tokens, gram)
+        where, trace = self._outputs[name]
+        return Moments(tokens, gram, load_file(where)["sum"] if where else None, trace)
+
+    def tokens(self, name: str) -> int:
+        """How many inputs a module had, 0 where none reached it."""
+        return self._inputs[name][1] if name in self else 0
+
+    def put_input(self, names: Sequence[str], gram: Tensor | None, tokens: int) -> None:
+        path = self._write(gram)
+        for name in names:
+            self._inputs[name] = path, tokens
+
+    def put_output(self, name: str, total: Tensor | None, trace: float) -> None:
+        self._outputs[name] = self._write(total), trace
+
+    def _write(self, total: Tensor | None) -> Path | None:
+        if total is None:
+            return None
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.safetensors"
+        save_file({"sum": total.cpu().contiguous()}, path)
+        return path
+
+
+@dataclass
+class _Sums:
+    """Of one module in a pass. `leader` is the module whose inputs these are too."""
+
+    tokens: int = 0
+    gram: Tensor | None = None
+    leader: str | None = None
+    output: Tensor | None = None
+    trace: float = 0.0
+
+
+def collect(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    folder: Path,
+    *,
+    probe: Probe | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Store:
+    """The moments of the named modules (Linear, Conv1D or Embedding), in as few passes as memory allows.
+
+    With a `probe` every batch is also run backwards, from the loss that it makes of the outputs, for `output`. Padding
+    does not count. Evaluation mode; modes, hooks and gradients are as before in the end, errors or not. Raises
+    `InputError` without batches, `NumericsError` for inputs that are not finite. A module that no token reaches is
+    not in the store.
+    """
+    if not batches:
+        raise InputError("there are no calibration batches", hint="name a file with text")
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder)
+    chunks = list(_chunks(model, names, probe is not None))
+    total = len(chunks) * len(batches)
+    for number, chunk in enumerate(chunks):
+        sums = {name: _Sums() for name in chunk}
+
+        def step(done: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * len(batches) + done, total)
+
+        _pass(model, batches, sums, probe, step)
+        _keep(store, sums, probe is not None)
+    return store
+
+
+def _keep(store: Store, sums: Mapping[str, _Sums], probed: bool) -> None:
+    for name, found in sums.items():
+        if found.leader is not None or not found.tokens:
+            continue
+        if found.gram is not None and not bool(torch.isfinite(found.gram.diagonal()).all()):
+            raise NumericsError(
+                f"module {name}: its inputs are not finite", hint="run the model in float32 or bfloat16"
+            )
+        followers = [other for other, their in sums.items() if their.leader == name]
+        store.put_input([name, *followers], found.gram, found.tokens)
+    for name, found in sums.items():
+        if probed and name in store:
+            if not torch.isfinite(torch.tensor(found.trace)):
+                raise NumericsError(
+                    f"module {name}: its gradients are not finite", hint="run the model in float32, or --weights input"
+                )
+            store.put_output(name, found.output, found.trace)
+
+
+def _chunks(model: PreTrainedModel, names: Sequence[str], probed: bool) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    room = MOST_ELEMENTS
+    for name in names:
+        rows, columns = _sizes(model.get_submodule(name))
+        need = (columns or 0) ** 2 + (rows**2 if probed and rows <= WIDEST_OUTPUT else 0)
+        if chunk and need > room:
+            yield chunk
+            chunk, room = [], MOST_ELEMENTS
+        chunk.append(name)
+        room -= need
+    if chunk:
+        yield chunk
+
+
+def _sizes(module: nn.Module) -> tuple[int, int | None]:
+    """Outputs and inputs; None for an embedding."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, None
+    weight: Any = module.weight
+    if isinstance(module, nn.Linear):
+        return weight.shape[0], weight.shape[1]
+    return weight.shape[1], weight.shape[0]  # Conv1D holds the transpose
+
+
+def _pass(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    sums: dict[str, _Sums],
+    probe: Probe | None,
+    step: Callable[[int], None],
+) -> None:
+    with ExitStack() as hooks:
+        hooks.enter_context(evaluating(model, gradients=probe is not None))
+        padding = Padding(model, hooks)
+        last: list[tuple[str, Tensor]] = []  # the input seen last, held so that its identity means something
+
+        def before(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            mine = sums[name]
+            keep = padding.keep(module, x)
+            if isinstance(module, nn.Embedding):
+                mine.tokens += x.numel() if keep is None else int(keep.sum())
+                return
+            if last and last[0][1] is x and (mine.leader == last[0][0] or not mine.tokens):
+                mine.leader = last[0][0]
+                mine.tokens += 1  # reached: the numbers are the leader's
+                return
+            if mine.leader is not None:
+                raise AssertionError(f"{name} shares its inputs with {mine.leader} in some passes and not in others")
+            last[:] = [(name, x)]
+            rows = x.detach().reshape(-1, x.shape[-1])
+            rows = (rows if keep is None else rows[keep.reshape(-1)]).float()
+            mine.tokens += len(rows)
+            if mine.gram is None:
+                mine.gram = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
+            mine.gram.addmm_(rows.T, rows)
+
+        def after(module: nn.Module, args: Any, output: Any, name: str) -> None:
+            if not output.requires_grad:
+                if not isinstance(module, nn.Embedding):
+                    return
+                output.requires_grad_(True)
+
+            def backward(gradient: Tensor) -> None:
+                rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+                mine = sums[name]
+                mine.trace += float(rows.square().sum(dtype=torch.float64))
+                if rows.shape[1] <= WIDEST_OUTPUT:
+                    if mine.output is None:
+                        mine.output = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+                    mine.output.addmm_(rows.T, rows)
+
+            output.register_hook(backward)
+
+        for name in sums:
+            module = model.get_submodule(name)
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                before(module, args, kwargs, name)
+
+            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                after(module, args, output, name)
+
+            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if probe is not None:
+                hooks.callback(module.register_forward_hook(leave).remove)
+        if probe is not None:
+            table: Any = model.get_input_embeddings()
+
+            def start(module: nn.Module, args: Any, output: Any) -> None:
+                if not output.requires_grad:
+                    output.requires_grad_(True)
+
+            hooks.callback(table.register_forward_hook(start).remove)
+        for number, batch in enumerate(batches):
+            padding.start(batch)
+            last.clear()
+            output = run(model, batch)
+            if probe is not None:
+                probe.loss(output, batch).backward()
+            step(number + 1)
+
+
+@dataclass
+class Probe:
+    """A loss whose gradients say which outputs of a layer matter, with no labels needed.
+
+    For logits: the negative log-likelihood of labels drawn from the model's own distribution, so that the second
+    moments of gradients are the Fisher information, and a change D of a weight costs about ½ tr(H D G Dᵀ) of it in
+    Kullback-Leibler divergence (K-FAC: Martens and Grosse 2015, §3). For a model without a head, or with a single
+    output: inner products with standard normal vectors, whose gradients' second moments are the Gauss-Newton matrix
+    of ½ the squared change of the output. Sums over tokens; padding does not count.
+    """
+
+    seed: int = 0
+    _generator: torch.Generator | None = None
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        logits = outputs.get("logits")
+        if logits is not None and logits.shape[-1] > 1:
+            return self._sampled(logits, _mask(batch, logits))
+        found = [outputs[key] for key in ("logits", "last_hidden_state", "pooler_output") if key in outputs]
+        if not found:
+            found = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
+        if not found:
+            raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
+        return torch.stack([self._projected(tensor, _mask(batch, tensor)) for tensor in found]).sum()
+
+    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        if mask is not None:
+            flat = flat[mask.reshape(-1)]
+        # The draw is made on the CPU, the same on every device.
+        labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(1)
+        return torch.nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")
+
+    def _projected(self, tensor: Tensor, mask: Tensor | None) -> Tensor:
+        normal = torch.randn(tensor.shape, generator=self._generator).to(tensor)
+        product = tensor * normal
+        return (product if mask is None else product[mask]).sum()
+
+
+def _mask(batch: Batch, tensor: Tensor) -> Tensor | None:
+    """True for the vectors of an output that stand for tokens; None where all count."""
+    decoder = batch.get("decoder_attention_mask")
+    if decoder is None and "labels" in batch and batch["labels"].dim() == 2:
+        decoder = (batch["labels"] != -100).to(batch["labels"].dtype)
+    for mask in (decoder, batch.get("attention_mask")):
+        if mask is not None and mask.dim() == 2 and tensor.shape[:-1] == mask.shape:
+            return mask.to(tensor.device) != 0
+    return None

@@ -1,0 +1,87 @@
+"""Calibration data: windows of a text or rows of a task, drawn by a seed, as batches for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mpocli.errors import InputError, UsageError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.methods.task_data import DataOptions, positions, prepare
+from mpocli.train.data import read_text
+from mpocli.train.encode import collate, lm_windows, pad_id
+from mpocli.train.models import family_of, load_tokenizer
+from mpocli.train.tasks import task_named
+
+Batches = list[dict[str, Tensor]]
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text whose activations a method looks at: `samples` windows of `seq_len` tokens, or rows of the task."""
+
+    source: str
+    samples: int = 128
+    seq_len: int = 256
+
+
+def calibration_batches(
+    checkpoint: Checkpoint,
+    chosen: Calibration,
+    data: DataOptions | None,
+    seed: int,
+    *,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Batches:
+    """`samples` windows of the text drawn by the seed, or with a task so many of its examples, with padding masks.
+
+    Labels only where a decoder reads them, shifted: no loss is made of them. `warn` is told where the data has fewer.
+    Raises `InputError` for data without text and `UsageError` for windows longer than the model's positions.
+    """
+    if data is not None and data.task != "lm":
+        found = prepare(checkpoint, replace(data, train=chosen.source, eval=(), test=None), needs_train=True)
+        batches = found.sample(_BATCH, -(-chosen.samples // _BATCH), seed, torch.device("cpu"))
+        room = chosen.samples - _BATCH * (len(batches) - 1)
+        batches = [*batches[:-1], {key: value[:room] for key, value in batches[-1].items()}]
+    else:
+        batches = _text_batches(checkpoint, chosen, data, seed)
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    if rows < chosen.samples:
+        warn(f"--samples {chosen.samples}: {chosen.source} gives {rows}")
+    if not checkpoint.config.is_encoder_decoder:
+        batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    return batches
+
+
+def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions | None, seed: int) -> Batches:
+    tokenizer_name = data.tokenizer if data else None
+    tokenizer = load_tokenizer(
+        checkpoint.source.directory, tokenizer_name, trust_remote_code=checkpoint.trust_remote_code
+    )
+    column = data.text_columns[0] if data and data.text_columns else None
+    text = read_text(chosen.source, text_column=column)
+    model_config = checkpoint.config
+    is_seq2seq = bool(model_config.is_encoder_decoder)
+    most = positions(model_config)
+    if most is not None and chosen.seq_len > most * (1 + is_seq2seq):
+        raise UsageError(
+            f"--seq-len {chosen.seq_len}: the model has {most} positions"
+            + (" for each half of a window" if is_seq2seq else ""),
+            hint=f"at most {most * (1 + is_seq2seq)}",
+        )
+    masked = is_seq2seq or family_of(task_named("lm"), model_config) == "masked"
+    windows = [ids for ids in lm_windows(text, tokenizer, chosen.seq_len, masked=masked).ids if len(ids) > 1]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [windows[index] for index in order[: chosen.samples]]
+    if not rows:
+        raise InputError(f"--calibrate {chosen.source}: no window of text in it", hint="name a longer text")
+    features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+    if is_seq2seq:  # one half is read, the other written
+        halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
+        features = [{"input_ids": a, "attention_mask": [1] * len(a), "labels": b} for a, b in halves]
+    batches = [features[first : first + _BATCH] for first in range(0, len(features), _BATCH)]
+    return [collate(batch, pad_id(tokenizer)) for batch in batches]

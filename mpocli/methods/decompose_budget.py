@@ -1,0 +1,155 @@
+"""Let the planner decide what decompose does with each weight, from calibration data where there is some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.calibration import Batch, Inputs, sequential
+from mpocli.io.writer import SpecCounter, plan_shards
+from mpocli.methods.calibration_data import calibration_batches
+from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
+from mpocli.methods.decompose_write import Decomposer, Progress
+from mpocli.methods.device import device_of
+from mpocli.methods.norms import Norm, Norms, measure
+from mpocli.methods.planner import Planner, Solution
+from mpocli.mpo import SiteShape
+from mpocli.mpo.gram import regularised
+
+Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
+# With fewer tokens than this for each input, a Gram matrix is mostly a guess.
+_FEW_TOKENS = 1.0
+
+
+def decide(
+    checkpoint: Checkpoint,
+    config: DecomposeConfig,
+    plans: Sequence[WeightPlan],
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[WeightPlan]:
+    """The plans with the planner's decisions in them; cores and sums are kept in `folder`.
+
+    Raises what `Planner.plan` and `collect` raise.
+    """
+    assert config.budget is not None
+    device = device_of(config.device)
+    chosen = [plan.weight for plan in plans if plan.sites is not None]
+    norms, model, batches = Norms(config.budget, None, chosen), None, []
+    if config.budget.calibration is not None:
+        batches = calibration_batches(checkpoint, config.budget.calibration, config.budget.data, config.seed, warn=warn)
+
+        def step(done: int, total: int) -> None:
+            if progress:
+                progress(done, total, "calibrating")
+
+        norms, model = measure(
+            checkpoint, config.budget, chosen, batches, folder / "moments", device, config.seed, step
+        )
+        _warn_of_few(norms, chosen, warn)
+
+    def exact_bytes(shapes: Shapes) -> int:
+        return size_of(checkpoint, config, [_shaped(plan, shapes.get(plan.weight.name)) for plan in plans])
+
+    cores = folder / "cores"
+    cores.mkdir()
+    planner = Planner(
+        checkpoint,
+        config.budget,
+        norms,
+        cores,
+        device,
+        config.dtype,
+        exact_bytes,
+        config.sites,
+        progress,
+    )
+    found = planner.plan(chosen)
+    if config.budget.sequential and model is not None:
+        _refit(model, batches, planner, norms, found, [plan.weight for plan in plans], progress)
+    return [_decided(plan, found.get(plan.weight.name)) for plan in plans]
+
+
+def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:
+    """The exact bytes of the weight files that these plans lead to."""
+    sink = SpecCounter()
+    Decomposer(checkpoint, config, plans, None, needs_data=False).write(sink)
+    return sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
+
+
+def _shaped(plan: WeightPlan, shape: tuple[SiteShape, tuple[int, ...]] | None) -> WeightPlan:
+    sites, bonds = shape if shape is not None else (None, None)
+    return replace(plan, sites=sites, bonds=bonds)
+
+
+def _decided(plan: WeightPlan, found: Solution | str | None) -> WeightPlan:
+    if found is None:
+        return plan
+    if isinstance(found, str):
+        return replace(plan, sites=None, reason=found)
+    return replace(plan, sites=found.sites, bonds=found.bonds, solution=found)
+
+
+def _warn_of_few(norms: Norms, chosen: Sequence[Any], warn: Callable[[str], None]) -> None:
+    assert norms.store is not None
+    worst: tuple[float, str] | None = None
+    for weight in chosen:
+        if weight.kind == "embedding" or weight.name not in norms.store:
+            continue
+        tokens, inputs = norms.store.tokens(weight.name), weight.shape[1]
+        if tokens < _FEW_TOKENS * inputs and (worst is None or tokens / inputs < worst[0]):
+            worst = tokens / inputs, f"{weight.name}: {tokens} calibration tokens for {inputs} inputs"
+    if worst is not None:
+        warn(f"{worst[1]}: raise --samples or --seq-len")
+
+
+def _refit(
+    model: Any,
+    batches: Sequence[Batch],
+    planner: Planner,
+    norms: Norms,
+    found: dict[str, Solution | str],
+    weights: Sequence[Any],
+    progress: Progress | None,
+) -> None:
+    """Fit the same shapes anew, block by block, to the inputs that the blocks before make once they are compressed."""
+    by_name = {weight.name: weight for weight in weights}
+    names = [
+        name
+        for name, solution in found.items()
+        if isinstance(solution, Solution) and by_name[name].kind != "embedding" and len(by_name[name].members) == 1
+    ]
+    for name, solution in found.items():  # tables first: they stand before all blocks
+        if isinstance(solution, Solution) and name not in names:
+            _put(model.get_submodule(name), solution, by_name[name])
+    done = 0
+
+    def visit(name: str, module: nn.Module, inputs: Inputs) -> None:
+        nonlocal done
+        weight, solution = by_name[name], found[name]
+        assert isinstance(solution, Solution) and inputs.gram is not None and weight.key is not None
+        norm: Norm = norms.of(weight)
+        seen = regularised(inputs.gram, inputs.tokens, least=norms.robust, name=name)
+        again = planner.refitted(name, replace(norm, gram=seen), solution)
+        found[name] = again
+        _put(module, again, weight)
+        done += 1
+        if progress:
+            progress(done, len(names), f"fitting again {name}")
+
+    sequential(model, batches, names, visit, gram=True)
+
+
+def _put(module: nn.Module, solution: Solution, weight: Any) -> None:
+    matrix = weight.oriented(solution.mpo(weight.shape).to_matrix())
+    with torch.no_grad():
+        parameter: Any = module.weight
+        parameter.copy_(matrix)

@@ -1,0 +1,71 @@
+"""Second moments of a layer's inputs as a norm: made safe to use, and its square root.
+
+A Gram matrix G = XᵀX/tokens (I, I) measures the error of an approximation by what it does to the outputs,
+‖(W−Ŵ)Xᵀ‖²_F/tokens = tr((W−Ŵ) G (W−Ŵ)ᵀ).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpocli.errors import NumericsError
+from mpocli.mpo.linalg import check_finite, eigen, working_dtype
+
+# No direction counts for less than this part of the mean: errors there stay bounded, and roots can be inverted.
+FLOOR = 1e-6
+
+
+def regularised(gram: Tensor, tokens: int, *, least: float = FLOOR, name: str = "inputs") -> Tensor:
+    """The Gram matrix XᵀX (I, I) of `tokens` inputs, divided by them and shrunk towards a multiple of the identity.
+
+    G = (1−ρ) S + ρ tr(S)/I · 1 with S = XᵀX/tokens and ρ of the oracle-approximating shrinkage (Chen, Wiesel,
+    Eldar and Hero 2010, Eq. 23),
+        ρ = min(1, ((1−2/I) tr S² + tr² S) / ((tokens+1−2/I) (tr S² − tr² S / I))),
+    and no less than `least`. With many tokens it is S but for round-off; with fewer tokens than inputs, directions that
+    no token has shown keep a weight, so that an approximation cannot blow up there. The optimum is derived for
+    independent Gaussian inputs; tokens of one text are neither, which makes ρ too small rather than too large.
+
+    Computes in float64. All-zero inputs give the identity: nothing is known then. Raises `InputError` for a matrix
+    that is not finite.
+
+    >>> regularised(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), tokens=1)
+    tensor([[2., 0.],
+            [0., 2.]], dtype=torch.float64)
+    """
+    check_finite(gram, f"{name}: second moments")
+    second = gram.to(working_dtype(gram.device)) / max(tokens, 1)
+    second = (second + second.T) / 2
+    size = len(second)
+    identity = torch.eye(size, dtype=second.dtype, device=second.device)
+    trace = float(second.trace())
+    if trace <= 0.0:
+        return identity
+    mean = trace / size
+    squared = float(second.square().sum())
+    spread = squared - trace**2 / size
+    numerator = (1 - 2 / size) * squared + trace**2
+    denominator = (tokens + 1 - 2 / size) * spread
+    rho = 1.0 if denominator <= numerator else numerator / denominator
+    rho = max(rho, least)
+    return second.mul_(1 - rho).add_(identity, alpha=rho * mean)
+
+
+def roots(gram: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """S = G^{1/2} and S⁻¹, symmetric, by eigenvectors; eigenvalues below `floor` times the mean are raised to it.
+
+    Never fails where a Cholesky factor would: a Gram matrix that is singular, or by round-off not even positive
+    semi-definite, has roots all the same. Raises `NumericsError` where LAPACK does not converge.
+
+    >>> root, inverse = roots(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), floor=0.5)
+    >>> root.diagonal(), inverse.diagonal()
+    (tensor([2., 1.]), tensor([0.5000, 1.0000]))
+    """
+    values, vectors = eigen(gram)
+    mean = float(values.clamp_min(0).mean())
+    if mean == 0.0:
+        raise NumericsError("a Gram matrix of zeros has no inverse root", hint="calibrate on more text")
+    values = values.clamp_min(floor * mean).sqrt()
+    # Round-off of the two products is not symmetric.
+    root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    return (root + root.T) / 2, (inverse + inverse.T) / 2
