@@ -10,7 +10,7 @@ import typer
 
 from mpocli import __version__
 from mpocli.cli import streams
-from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, sparsify, squeeze
+from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, plan, sparsify, squeeze
 from mpocli.errors import MpoError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("decompose")(decompose.command)
+app.command("plan")(plan.command)
 app.command("finetune")(finetune.command)
 app.command("squeeze")(squeeze.command)
 app.command("sparsify")(sparsify.command)

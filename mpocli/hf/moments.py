@@ -207,9 +207,7 @@ def _pass(
 
         def after(module: nn.Module, args: Any, output: Any, name: str) -> None:
             if not output.requires_grad:
-                if not isinstance(module, nn.Embedding):
-                    return
-                output.requires_grad_(True)
+                return
 
             def backward(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
@@ -234,20 +232,19 @@ def _pass(
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             if probe is not None:
                 hooks.callback(module.register_forward_hook(leave).remove)
-        if probe is not None:
-            table: Any = model.get_input_embeddings()
-
-            def start(module: nn.Module, args: Any, output: Any) -> None:
-                if not output.requires_grad:
-                    output.requires_grad_(True)
-
-            hooks.callback(table.register_forward_hook(start).remove)
+        # Gradients of activations need one parameter ahead of them that has some: all others are frozen.
+        table: Any = model.get_input_embeddings()
+        first = list(table.parameters()) if probe is not None else []
+        for parameter in first:
+            parameter.requires_grad_(True)
         for number, batch in enumerate(batches):
             padding.start(batch)
             last.clear()
             output = run(model, batch)
             if probe is not None:
                 probe.loss(output, batch).backward()
+                for parameter in first:
+                    parameter.grad = None
             step(number + 1)
 
 

@@ -175,18 +175,19 @@ class Decomposer:
 
     def _solved(self, solution: Solution, weight: Weight, matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The planner's cores, which are in the dtype of the output already."""
-        mpo = solution.mpo(weight.shape)
+        mpo, error = solution.mpo(weight.shape), solution.relative_error
         if self.config.gauge == "symmetric":
             mpo = symmetric_gauge(mpo)
             names = (f"{weight.core_prefix}.core_{k}" for k in range(len(mpo.cores)))
             mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
-        difference, norm = stored_error(matrix, mpo.to(device=matrix.device))
+            difference, norm = stored_error(matrix, mpo.to(device=matrix.device))
+            error = difference / norm if norm else 0.0
         self.done[weight.name] = ModuleEntry(
             name=weight.name,
             role=weight.role,
             spec=_spec(weight, mpo.site_shape, mpo.bond_dims),
             dtype=dtype_name(dtype),
-            relative_error=difference / norm if norm else 0.0,
+            relative_error=error,
         )
         return list(mpo.cores)
 

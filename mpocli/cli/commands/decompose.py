@@ -22,6 +22,27 @@ if TYPE_CHECKING:
 SIZE = "How far to truncate"
 WHICH = "Which matrices"
 
+Sites = Annotated[int, typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH)]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="ROLES",
+        help="embedding, attention, ffn, pooler, head. Default: the first four.",
+        rich_help_panel=WHICH,
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="GLOB", help="Modules by name; '*' crosses dots. Repeatable.", rich_help_panel=WHICH
+    ),
+]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
+]
+
 
 def command(
     context: typer.Context,
@@ -80,26 +101,10 @@ def command(
     label_column: task_.LabelColumn = None,
     max_length: task_.MaxLength = 128,
     tokenizer: task_.Tokenizer = None,
-    sites: Annotated[int, typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH)] = 5,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="ROLES",
-            help="embedding, attention, ffn, pooler, head. Default: the first four.",
-            rich_help_panel=WHICH,
-        ),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target", metavar="GLOB", help="Modules by name; '*' crosses dots. Repeatable.", rich_help_panel=WHICH
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
-    ] = None,
+    sites: Sites = 5,
+    layers: Layers = None,
+    target: Targets = None,
+    ignore: Ignored = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(

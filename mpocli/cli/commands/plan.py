@@ -1,0 +1,132 @@
+"""`mpocli plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocli.cli import budget_options as budget_
+from mpocli.cli import options
+from mpocli.cli import task_options as task_
+from mpocli.cli.commands import decompose as decompose_
+from mpocli.cli.options import one_of
+from mpocli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpocli.methods.decompose import DecomposeReport
+
+
+def command(
+    context: typer.Context,
+    model: options.Model,
+    ratio: budget_.Ratio = None,
+    max_bytes: budget_.MaxBytes = None,
+    max_error: budget_.MaxError = None,
+    shapes: budget_.Shapes = "auto",
+    calibrate: budget_.Calibrate = None,
+    samples: budget_.Samples = 128,
+    seq_len: budget_.SeqLen = 256,
+    weights: budget_.Weights = "fisher",
+    allocation: budget_.Allocation = "global",
+    sweeps: budget_.Sweeps = 10,
+    sequential: budget_.Sequential = False,
+    task: task_.TaskName = None,
+    text_column: task_.TextColumn = None,
+    label_column: task_.LabelColumn = None,
+    max_length: task_.MaxLength = 128,
+    tokenizer: task_.Tokenizer = None,
+    sites: decompose_.Sites = 5,
+    layers: decompose_.Layers = None,
+    target: decompose_.Targets = None,
+    ignore: decompose_.Ignored = None,
+    dtype: options.Dtype = None,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the samples that are drawn.")] = 0,
+    json: options.Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Show what `decompose` would choose for a budget, matrix by matrix.
+
+    The sizes are exact, and the errors are those of the result: everything is
+    computed and nothing is written.
+
+    [bold]Examples[/bold]
+
+      mpocli plan gpt2 --ratio 0.5 --layers attention,ffn --calibrate wiki.txt
+
+      mpocli plan bert-base-uncased --max-bytes 200MB --json
+    """
+    options.check_sites(sites)
+    one_of("--dtype", dtype, options.DTYPES)
+    budget = budget_.parse(
+        options.given(context),
+        ratio=ratio,
+        max_bytes=max_bytes,
+        max_error=max_error,
+        shapes=shapes,
+        allocation=allocation,
+        weights=weights,
+        sweeps=sweeps,
+        sequential=sequential,
+        calibrate=calibrate,
+        samples=samples,
+        seq_len=seq_len,
+        data=budget_.data(task, text_column, label_column, max_length, tokenizer, seed),
+    )
+    if budget is None:
+        raise UsageError("no budget to plan for", hint="add --ratio 0.5, --max-bytes 300MB or --max-error 0.1")
+    roles = options.parse_layers(layers)
+
+    from mpocli.cli import render
+    from mpocli.hf import quiet
+    from mpocli.methods import decompose
+    from mpocli.methods.decompose_plan import DecomposeConfig
+    from mpocli.methods.device import device_of
+
+    device_of(device)
+    config = DecomposeConfig(
+        sites=sites,
+        layers=roles,
+        targets=tuple(target or ()),
+        ignore=tuple(ignore or ()),
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        budget=budget,
+    )
+    with quiet.transformers(), render.progress_bar("plan", enabled=not json) as progress:
+        report = decompose.run(model, config, options.default_out(model, "mpo"), dry_run=True, progress=progress)
+    if json:
+        render.print_json("plan", report)
+    else:
+        show(report)
+
+
+def show(report: DecomposeReport) -> None:
+    """A line for every matrix that was selected, and what that makes of the model."""
+    from mpocli.cli import render
+
+    table = render.table("module", "form", "bonds", "parameters", "ratio", "error", "output error", "forward", "× MACs")
+    for module in report.modules:
+        if module.action == "kept":
+            if module.reason != "not selected":
+                table.add_row(module.name, "dense", "", render.count(module.params), "1.000", style="dim")
+            continue
+        bonds = ",".join(map(str, module.bond_dims[1:-1])) if module.bond_dims else ""
+        table.add_row(
+            module.name,
+            module.form or "",
+            bonds,
+            render.count(module.params),
+            render.ratio(module.params, module.dense_params),
+            "" if module.relative_error is None else render.error(module.relative_error),
+            "" if module.weighted_error is None else render.error(module.weighted_error),
+            module.path or "",
+            "" if module.macs is None else f"{module.macs / module.dense_params:.2f}",
+        )
+    render.show(table)
+    decompose_.show(report)

@@ -1,0 +1,259 @@
+"""The planner from the command line: budgets that are met, errors that are what was predicted, data that is poor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cli import tasks
+from cli.shell import Cli, refused, succeeded, tree
+from mpocli.hf.moments import Probe, collect
+from mpocli.mpo.gram import regularised
+
+Plan = Callable[..., dict[str, Any]]
+BLOCKS = ["--layers", "attention,ffn"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of two layers with tokenizers."""
+    made = tmp_path_factory.mktemp("deep")
+    for kind in ("bert", "gpt2", "t5"):
+        tasks.save(kind, made / kind, layers=2, **({"initializer_range": 0.2} if kind != "t5" else {}))
+    return made
+
+
+@pytest.fixture
+def run(cli: Cli, work: Path) -> Plan:
+    """The report of a command that succeeds."""
+
+    def done(verb: str, model: Path, *more: object) -> dict[str, Any]:
+        out = ["-o", "out", "--overwrite"] if verb == "decompose" else []
+        return succeeded(cli(verb, model, *more, *out, "--json")).json
+
+    return done
+
+
+def text(lab: Path) -> list[object]:
+    return ["--calibrate", lab / "train.txt", "--samples", 24, "--seq-len", 16]
+
+
+def chosen(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [module for module in report["modules"] if module["reason"] != "not selected"]
+
+
+def size_of(modules: list[dict[str, Any]]) -> tuple[int, int]:
+    return sum(m["params"] for m in modules), sum(m["dense_params"] for m in modules)
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+@pytest.mark.parametrize("options", [[], ["--weights", "input"], ["--sequential"]])
+def test_the_ratio_is_met_and_the_plan_is_what_is_written(
+    model: str, ratio: float, options: list[str], run: Plan, deep: Path, lab: Path, work: Path
+) -> None:
+    if ratio == 0.6 and options:
+        pytest.skip("one size is enough for the variants")
+    what = [*BLOCKS, "--ratio", ratio, "--sweeps", 2, *text(lab), *options]
+    plan, made = run("plan", deep / model, *what), run("decompose", deep / model, *what)
+    params, dense = size_of(chosen(made))
+    # The smallest steps of matrices this small are 2 % of a budget.
+    assert 0.97 * ratio * dense < params <= ratio * dense
+    assert plan["schema"] == "mpocli.plan/1" and plan["out"] is None
+    for field in ("totals", "modules"):
+        assert plan[field] == made[field], field
+    assert made["totals"]["bytes"] == (work / "out" / "model.safetensors").stat().st_size
+    loaded = tf.AutoModel.from_pretrained(work / "out")
+    assert sum(p.numel() for p in loaded.parameters()) <= made["totals"]["params"] + 100
+
+
+def dense_matrices(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            found[name] = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    return found
+
+
+def gram_of(model: Any, name: str, rows: list[list[int]]) -> tuple[np.ndarray, int]:
+    """Captured by a plain hook, one row after the other."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    hook.remove()
+    inputs = torch.cat(seen).double().numpy()
+    return inputs.T @ inputs, len(inputs)
+
+
+@pytest.mark.parametrize("weights", ["fisher", "input"])
+def test_the_predicted_error_is_the_one_of_the_stored_matrix_on_the_real_inputs(
+    weights: str, run: Plan, deep: Path, lab: Path, work: Path
+) -> None:
+    text_ = ["--calibrate", lab / "train.txt", "--samples", 10_000, "--seq-len", 16]
+    report = run("decompose", deep / "gpt2", *BLOCKS, "--ratio", 0.3, "--weights", weights, *text_)
+    tokenizer = tf.AutoTokenizer.from_pretrained(deep / "gpt2")
+    tokens = tokenizer((lab / "train.txt").read_text(), add_special_tokens=False)["input_ids"]
+    rows = [tokens[start : start + 16] for start in range(0, len(tokens), 16)]
+    rows = [row for row in rows if len(row) > 1]
+    before = tf.AutoModelForCausalLM.from_pretrained(deep / "gpt2").eval()
+    after = tf.AutoModelForCausalLM.from_pretrained(work / "out")
+    modules = [module for module in chosen(report) if module["action"] == "mpo"]
+    assert len(modules) > 4
+    for module in modules[:5]:
+        name = module["name"]
+        old = dense_matrices(before)[name].double().numpy()
+        new = after.get_submodule(name).weight_matrix().detach().double().numpy()
+        gram, count = gram_of(before, name, rows)
+        gram = regularised(torch.from_numpy(gram), count).numpy()
+        difference = old - new
+        wanted = np.sqrt(np.trace(difference @ gram @ difference.T) / np.trace(old @ gram @ old.T))
+        assert module["weighted_error"] == pytest.approx(wanted, rel=1e-3), name
+        assert module["relative_error"] == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(old), rel=1e-3)
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])
+def test_max_bytes_is_a_limit_of_the_files_and_nearly_used_up(
+    more: list[str], run: Plan, deep: Path, lab: Path, work: Path
+) -> None:
+    dense = (deep / "bert" / "model.safetensors").stat().st_size // (2 if more else 1)
+    limit = int(0.75 * dense)
+    report = run("decompose", deep / "bert", *BLOCKS, "--max-bytes", f"{limit}B", *more, *text(lab))
+    stored = (work / "out" / "model.safetensors").stat().st_size
+    assert 0.96 * limit < stored <= limit and report["totals"]["bytes"] == stored
+
+
+def test_a_limit_that_cannot_be_met_is_refused_with_the_smallest_that_can(cli: Cli, deep: Path, work: Path) -> None:
+    refused(cli("plan", deep / "bert", *BLOCKS, "--max-bytes", "1kB"), 2, "--max-bytes 1,000", "bytes\n")
+    refused(cli("plan", deep / "bert", *BLOCKS, "--ratio", 0.001), 2, "budget of")
+    assert not tree(work)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_max_error_bounds_every_matrix_and_is_nearly_reached(
+    calibrated: bool, run: Plan, deep: Path, lab: Path
+) -> None:
+    more = text(lab) if calibrated else []
+    report = run("decompose", deep / "gpt2", *BLOCKS, "--max-error", 0.3, *more)
+    made = [module for module in chosen(report) if module["action"] == "mpo"]
+    errors = [module["weighted_error"] if calibrated else module["relative_error"] for module in made]
+    assert made and max(errors) <= 0.3 + 1e-6 and max(errors) > 0.2
+    assert all(module["params"] < module["dense_params"] for module in made)
+    for module in chosen(report):
+        assert module["action"] == "mpo" or "no smaller form" in module["reason"]
+
+
+def test_eight_samples_warn_and_give_a_sane_result(cli: Cli, deep: Path, lab: Path, work: Path) -> None:
+    few = ["--calibrate", lab / "train.txt", "--samples", 2, "--seq-len", 8]
+    done = succeeded(cli("decompose", deep / "bert", *BLOCKS, "--ratio", 0.5, *few, "-o", "out", "--json"))
+    assert any("calibration tokens for" in warning for warning in done.json["warnings"])
+    before, after = (tf.AutoModel.from_pretrained(path).eval() for path in (deep / "bert", work / "out"))
+    ids = torch.arange(6, 30).reshape(2, 12)
+    with torch.no_grad():
+        a, b = before(ids).last_hidden_state, after(ids).last_hidden_state
+    assert bool(torch.isfinite(b).all()) and float((a - b).norm() / a.norm()) < 1.5
+
+
+def test_the_same_seed_gives_the_same_bytes(run: Plan, deep: Path, lab: Path, work: Path) -> None:
+    what = [*BLOCKS, "--ratio", 0.4, *text(lab)]
+    run("decompose", deep / "gpt2", *what)
+    first = (work / "out" / "model.safetensors").read_bytes()
+    run("decompose", deep / "gpt2", *what)
+    assert (work / "out" / "model.safetensors").read_bytes() == first
+    run("decompose", deep / "gpt2", *what, "--seed", 1)
+    assert (work / "out" / "model.safetensors").read_bytes() != first
+
+
+def test_a_tied_embedding_is_planned_once(run: Plan, deep: Path, lab: Path, work: Path) -> None:
+    report = run("decompose", deep / "gpt2", "--layers", "embedding", "--ratio", 0.5, *text(lab))
+    table = next(module for module in chosen(report) if module["role"] == "embedding")
+    assert table["tied"] == ["lm_head"] and table["params"] < table["dense_params"]
+    loaded = tf.AutoModelForCausalLM.from_pretrained(work / "out")
+    assert loaded.lm_head.core_0 is loaded.transformer.wte.core_0
+
+
+def test_calibrated_fits_change_outputs_less_than_plain_ones(run: Plan, deep: Path, lab: Path, work: Path) -> None:
+    """At the same size, on text that was not looked at."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(deep / "gpt2")
+    ids = torch.tensor([tokenizer((lab / "dev.txt").read_text())["input_ids"][:40]])
+    before = tf.AutoModelForCausalLM.from_pretrained(deep / "gpt2").eval()
+    lost = {}
+    for name, options in {"plain": [], "fisher": text(lab)}.items():
+        run("decompose", deep / "gpt2", *BLOCKS, "--ratio", 0.4, *options)
+        after = tf.AutoModelForCausalLM.from_pretrained(work / "out").eval()
+        with torch.no_grad():
+            p, q = before(ids).logits.log_softmax(-1), after(ids).logits.log_softmax(-1)
+        lost[name] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert lost["fisher"] < lost["plain"]
+
+
+def test_the_probe_gives_the_fisher_information_of_the_outputs(deep: Path, tmp_path: Path) -> None:
+    """Of the last layer's logits it is known: E[g gᵀ] = diag(p) − p pᵀ for every token."""
+    model = tf.AutoModelForCausalLM.from_pretrained(deep / "gpt2").eval()
+    ids = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part} for part in ids.split(8)]
+    store = collect(model, batches, ["lm_head"], tmp_path / "moments", probe=Probe(0))
+    found = store["lm_head"]
+    with torch.no_grad():
+        p = model(ids).logits.softmax(-1).reshape(-1, model.config.vocab_size).double()
+    wanted = torch.diag(p.sum(0)) - p.T @ p
+    assert found.output is not None and found.output_trace is not None and found.tokens == 64 * 16
+    assert float((found.output - wanted).norm() / wanted.norm()) < 0.25  # a sample of 1,024 draws
+    assert found.output_trace == pytest.approx(float(wanted.trace()), rel=0.05)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_modules_that_read_the_same_vectors_share_one_gram_matrix(deep: Path, tmp_path: Path) -> None:
+    model = tf.AutoModel.from_pretrained(deep / "bert").eval()
+    names = [f"encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
+    batch = {"input_ids": torch.tensor([[7, 8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    store = collect(model, [batch, batch], [*names, "encoder.layer.0.output.dense"], tmp_path / "moments")
+    assert len(list((tmp_path / "moments").iterdir())) == 2
+    assert all(store[name].tokens == 6 for name in names)
+    gram, _ = gram_of(model, names[0], [[7, 8, 9]])
+    for name in names:
+        assert torch.equal(store[name].gram, store[names[0]].gram)
+    np.testing.assert_allclose(store[names[0]].gram.numpy() / 2, gram, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratio", "0.5", "--trunc", "8"], "--trunc with a budget"),
+        (["--ratio", "0.5", "--max-error", "0.1"], "--ratio and --max-error"),
+        (["--ratio", "1.5"], "--ratio 1.5"),
+        (["--samples", "8"], "--samples with no budget"),
+        (["--ratio", "0.5", "--samples", "8"], "--samples with no --calibrate"),
+        (["--max-error", "0.5", "--allocation", "uniform"], "--allocation uniform"),
+        (["--ratio", "0.5", "--shapes", "round"], "--shapes 'round'"),
+        (["--ratio", "0.5", "--calibrate", "no.txt"], "no.txt"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    options: list[str], message: str, cli: Cli, deep: Path, work: Path
+) -> None:
+    done = cli("decompose", deep / "bert", *options, "-o", "out")
+    refused(done, 3 if "no.txt" in message else 2, message)
+    assert not tree(work)
+
+
+def test_a_plan_without_a_budget_says_what_one_is(cli: Cli, deep: Path) -> None:
+    refused(cli("plan", deep / "bert"), 2, "no budget", "--ratio 0.5")
+
+
+def test_the_table_shows_every_matrix(cli: Cli, deep: Path, lab: Path, work: Path) -> None:
+    shown = succeeded(cli("plan", deep / "gpt2", *BLOCKS, "--ratio", 0.3, *text(lab)))
+    for column in ("form", "bonds", "output error", "forward"):
+        assert column in shown.out
+    assert shown.out.count("transformer.h.1.mlp.c_fc") == 1 and "dry run: nothing written" in shown.err
+    assert not tree(work) and load_file(deep / "gpt2" / "model.safetensors")
