@@ -87,7 +87,7 @@ Compare = Annotated[
 ]
 # Options that only a budget reads, and those that only a calibration does.
 OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare")
-OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential")
+OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential", "compare")
 
 
 def parse(
@@ -101,6 +101,7 @@ def parse(
     weights: str,
     sweeps: int,
     sequential: bool,
+    compare: bool,
     calibrate: str | None,
     samples: int,
     seq_len: int,
@@ -134,6 +135,7 @@ def parse(
         weights=weights,  # type: ignore[arg-type]
         sweeps=sweeps,
         sequential=sequential,
+        compare=compare,
         calibration=None if calibrate is None else Calibration(calibrate, samples, seq_len),
         data=data,
     )

@@ -267,13 +267,13 @@ class Probe:
             self._generator = torch.Generator().manual_seed(self.seed)
         logits = outputs.get("logits")
         if logits is not None and logits.shape[-1] > 1:
-            return self._sampled(logits, _mask(batch, logits))
+            return self._sampled(logits, token_mask(batch, logits))
         found = [outputs[key] for key in ("logits", "last_hidden_state", "pooler_output") if key in outputs]
         if not found:
             found = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
         if not found:
             raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
-        return torch.stack([self._projected(tensor, _mask(batch, tensor)) for tensor in found]).sum()
+        return torch.stack([self._projected(tensor, token_mask(batch, tensor)) for tensor in found]).sum()
 
     def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         flat = logits.reshape(-1, logits.shape[-1]).float()
@@ -289,7 +289,7 @@ class Probe:
         return (product if mask is None else product[mask]).sum()
 
 
-def _mask(batch: Batch, tensor: Tensor) -> Tensor | None:
+def token_mask(batch: Batch, tensor: Tensor) -> Tensor | None:
     """True for the vectors of an output that stand for tokens; None where all count."""
     decoder = batch.get("decoder_attention_mask")
     if decoder is None and "labels" in batch and batch["labels"].dim() == 2:

@@ -31,6 +31,7 @@ class Budget:
     weights: Literal["fisher", "input"] = "fisher"
     sweeps: int = 10
     sequential: bool = False
+    compare: bool = False
     calibration: Calibration | None = None
     data: DataOptions | None = None
 
@@ -48,6 +49,8 @@ class Budget:
             raise UsageError(f"--max-error {self.max_error}: a relative error between 0 and 1", hint="such as 0.1")
         if self.sequential and self.calibration is None:
             raise UsageError("--sequential looks at activations, and there is no --calibrate")
+        if self.compare and self.calibration is None:
+            raise UsageError("--compare measures on text, and there is no --calibrate")
         if self.allocation == "uniform" and self.ratio is None:
             raise UsageError("--allocation uniform gives every matrix the same ratio, and there is no --ratio")
 

@@ -57,6 +57,27 @@ def calibration_batches(
     return batches
 
 
+def split_rows(batches: Batches, count: int) -> tuple[Batches, Batches]:
+    """The first `count` rows, and the others.
+
+    >>> batch = {"input_ids": torch.arange(6).reshape(3, 2)}
+    >>> first, rest = split_rows([batch, batch], 4)
+    >>> [len(part["input_ids"]) for part in first], [len(part["input_ids"]) for part in rest]
+    ([3, 1], [2])
+    """
+    first: Batches = []
+    rest: Batches = []
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        here = min(rows, max(0, count))
+        count -= here
+        if here:
+            first.append({key: value[:here] for key, value in batch.items()})
+        if here < rows:
+            rest.append({key: value[here:] for key, value in batch.items()})
+    return first, rest
+
+
 def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions | None, seed: int) -> Batches:
     tokenizer_name = data.tokenizer if data else None
     tokenizer = load_tokenizer(

@@ -12,6 +12,7 @@ from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.io.manifest import Manifest, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
+from mpocli.methods.compare import Compared
 from mpocli.methods.decompose_budget import decide
 from mpocli.methods.decompose_plan import DecomposeConfig, plan
 from mpocli.methods.decompose_write import Decomposer, ModuleReport, Progress
@@ -29,6 +30,7 @@ class DecomposeReport:
     base_model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "AutoModel"
     warnings: tuple[str, ...] = ()
+    compared: tuple[Compared, ...] = ()
 
 
 def run(
@@ -52,10 +54,12 @@ def run(
         check_output(out, checkpoint.source.directory, overwrite=overwrite)
     plans = plan(checkpoint, config)
     warnings: list[str] = []
+    compared: tuple[Compared, ...] = ()
     with TemporaryDirectory(prefix="mpocli-") as scratch:
         if config.budget is not None:
             folder = Path(scratch)
-            plans = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
+            decision = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
+            plans, compared = decision.plans, decision.compared
         # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
         needs_data = not dry_run or bool(config.rel_tol)
         worker = Decomposer(checkpoint, config, plans, progress, needs_data)
@@ -77,6 +81,7 @@ def run(
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
+        compared=compared,
     )
 
 

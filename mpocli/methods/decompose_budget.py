@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch, Inputs, sequential
 from mpocli.io.writer import SpecCounter, plan_shards
-from mpocli.methods.calibration_data import calibration_batches
+from mpocli.methods.calibration_data import calibration_batches, split_rows
+from mpocli.methods.compare import Compared, compare
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
 from mpocli.methods.decompose_write import Decomposer, Progress
 from mpocli.methods.device import device_of
-from mpocli.methods.norms import Norm, Norms, measure
+from mpocli.methods.norms import Norm, Norms, load_model, measure
 from mpocli.methods.planner import Planner, Solution
 from mpocli.mpo import SiteShape
 from mpocli.mpo.gram import regularised
@@ -25,6 +27,15 @@ from mpocli.mpo.gram import regularised
 Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
 # With fewer tokens than this for each input, a Gram matrix is mostly a guess.
 _FEW_TOKENS = 1.0
+_HELD_OUT = 32  # samples to compare on
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plans with the planner's decisions in them, and how they compare with others, where that was asked."""
+
+    plans: list[WeightPlan]
+    compared: tuple[Compared, ...] = ()
 
 
 def decide(
@@ -35,17 +46,32 @@ def decide(
     *,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda line: None,
-) -> list[WeightPlan]:
-    """The plans with the planner's decisions in them; cores and sums are kept in `folder`.
+) -> Decision:
+    """Let the planner decide; cores and sums are kept in `folder`.
 
     Raises what `Planner.plan` and `collect` raise.
     """
     assert config.budget is not None
     device = device_of(config.device)
     chosen = [plan.weight for plan in plans if plan.sites is not None]
-    norms, model, batches = Norms(config.budget, None, chosen), None, []
-    if config.budget.calibration is not None:
-        batches = calibration_batches(checkpoint, config.budget.calibration, config.budget.data, config.seed, warn=warn)
+    norms, model = Norms(config.budget, None, chosen), None
+    batches: Sequence[Batch] = []
+    held_out: Sequence[Batch] = []
+    if (calibration := config.budget.calibration) is not None:
+        more = _HELD_OUT if config.budget.compare else 0
+        drawn = calibration_batches(
+            checkpoint,
+            replace(calibration, samples=calibration.samples + more),
+            config.budget.data,
+            config.seed,
+            warn=warn,
+        )
+        batches, held_out = split_rows(drawn, calibration.samples)
+        if more and not held_out:
+            raise InputError(
+                f"--compare: {calibration.source} has no more than --samples {calibration.samples}",
+                hint="lower --samples, so that some of the text is left to compare on",
+            )
 
         def step(done: int, total: int) -> None:
             if progress:
@@ -75,7 +101,12 @@ def decide(
     found = planner.plan(chosen)
     if config.budget.sequential and model is not None:
         _refit(model, batches, planner, norms, found, [plan.weight for plan in plans], progress)
-    return [_decided(plan, found.get(plan.weight.name)) for plan in plans]
+    compared: tuple[Compared, ...] = ()
+    if held_out:
+        if config.budget.sequential:
+            model = load_model(checkpoint, device)  # the first one has been compressed
+        compared = compare(checkpoint, model, chosen, found, norms, held_out, config.sites, progress)
+    return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
 
 
 def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:

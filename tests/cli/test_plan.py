@@ -257,3 +257,15 @@ def test_the_table_shows_every_matrix(cli: Cli, deep: Path, lab: Path, work: Pat
         assert column in shown.out
     assert shown.out.count("transformer.h.1.mlp.c_fc") == 1 and "dry run: nothing written" in shown.err
     assert not tree(work) and load_file(deep / "gpt2" / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_compare_measures_every_arm_at_the_plans_size(model: str, run: Plan, deep: Path, lab: Path) -> None:
+    report = run("plan", deep / model, *BLOCKS, "--ratio", 0.4, *text(lab), "--compare")
+    arms = {arm["name"]: arm for arm in report["compared"]}
+    assert list(arms) == ["dense", "plain MPO", "plain SVD", "whitened SVD", "the plan"]
+    planned = sum(module["params"] for module in chosen(report) if module["action"] == "mpo")
+    assert arms["the plan"]["params"] == planned and arms["dense"]["divergence"] == 0.0
+    assert all(arm["params"] <= planned for name, arm in arms.items() if name != "dense")
+    assert all((arm["perplexity"] is not None) == (model == "gpt2") for arm in arms.values())
+    assert arms["the plan"]["divergence"] < arms["plain SVD"]["divergence"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +16,7 @@ from mpocli.cli.options import at_least, one_of
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpocli.methods.compare import Compared
     from mpocli.methods.decompose import DecomposeReport
     from mpocli.methods.decompose_write import ModuleReport
 
@@ -96,6 +97,7 @@ def command(
     allocation: plan.Allocation = "global",
     sweeps: plan.Sweeps = 10,
     sequential: plan.Sequential = False,
+    compare: plan.Compare = False,
     task: task_.TaskName = None,
     text_column: task_.TextColumn = None,
     label_column: task_.LabelColumn = None,
@@ -167,6 +169,7 @@ def command(
         weights=weights,
         sweeps=sweeps,
         sequential=sequential,
+        compare=compare,
         calibrate=calibrate,
         samples=samples,
         seq_len=seq_len,
@@ -265,6 +268,8 @@ def show(report: DecomposeReport) -> None:
         render.out.print(f"shapes        {chosen}")
     if report.filled:
         render.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
+    if report.compared:
+        _show_compared(report.compared)
     for warning in report.warnings:
         render.err.print(warning, style="yellow", markup=False)
     for line in render.notes(report.modules):
@@ -283,6 +288,18 @@ def show(report: DecomposeReport) -> None:
         if any(module.action == "mpo" for module in report.modules):
             line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
             render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim", markup=False)
+
+
+def _show_compared(compared: Sequence[Compared]) -> None:
+    from mpocli.cli import render
+
+    table = render.table("same matrices, held-out text", "parameters", "divergence", "perplexity")
+    for arm in compared:
+        perplexity = "" if arm.perplexity is None else render.metric(arm.perplexity)
+        divergence = "" if arm.name == "dense" else render.metric(arm.divergence)
+        style = "bold" if arm.name == "the plan" else "dim" if arm.name == "dense" else ""
+        table.add_row(arm.name, render.count(arm.params), divergence, perplexity, style=style)
+    render.show(table)
 
 
 def _over(measure: Callable[[list[float]], float], known: list[float], made: list[ModuleReport]) -> str:
