@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -217,6 +218,34 @@ def command(
         render.print_json("decompose", report)
     else:
         show(report)
+        if budget is None and config.truncates:
+            _name_the_planner(report, model, layers, target or [], ignore or [])
+
+
+def _name_the_planner(
+    report: DecomposeReport, model: str, layers: str | None, target: list[str], ignore: list[str]
+) -> None:
+    """What truncating every bond alike costs before any training, and the command that reaches the same size."""
+    from mpocli.cli import render
+
+    chosen = [module for module in report.modules if module.reason not in ("not selected", "is an MPO already")]
+    made = [module for module in chosen if module.action == "mpo"]
+    after, before = sum(m.params for m in chosen), sum(m.dense_params for m in chosen)
+    if not made or after >= before:
+        return
+    losses = []
+    for role, modules in render.by_role(made):
+        errors = [module.relative_error for module in modules if module.relative_error is not None]
+        losses += [f"{statistics.mean(errors):.0%} of {role or 'other'}"] if errors else []
+    if losses:
+        line = f"before training, that is an error of {', '.join(losses)} on average"
+        render.err.print(line, style="yellow", markup=False)
+    words = ["mpocli", "decompose", model, "--ratio", f"{after / before:.3f}"]
+    words += ["--layers", layers] if layers else []
+    words += [word for glob in target for word in ("--target", glob)]
+    words += [word for glob in ignore for word in ("--ignore", glob)]
+    line = f"the same size, planned on your text: {shlex.join(words)} --calibrate TEXT"
+    render.err.print(line, style="dim", markup=False)
 
 
 def _refuse_fixed(given: set[str]) -> None:
