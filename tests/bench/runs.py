@@ -19,17 +19,21 @@ _RUN = "import resource, sys; from mpocli.cli.app import main\ntry: main(sys.arg
 _RUN += "sys.stderr.write(f'\\npeak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\\n')"
 
 
-def options(what: str | None, tasks: Collection[str] = ()) -> argparse.Namespace:
+def parser(what: str | None, tasks: Collection[str] = ()) -> argparse.ArgumentParser:
     """The command line of a table; with `tasks` one of them has to be named."""
-    parser = argparse.ArgumentParser(description=what)
+    made = argparse.ArgumentParser(description=what)
     if tasks:
-        parser.add_argument("task", choices=tasks)
+        made.add_argument("task", choices=tasks)
     for name in ("--data", "--model", "--work"):
-        parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+        made.add_argument(name, type=Path, required=True)
+    made.add_argument("--precision", default="bf16")
+    made.add_argument("--parallel", type=int, default=2)
+    made.add_argument("--threads", type=int, default=1)
+    return made
+
+
+def options(what: str | None, tasks: Collection[str] = ()) -> argparse.Namespace:
+    return parser(what, tasks).parse_args()
 
 
 def mpocli(*arguments: object, threads: int) -> dict[str, Any]:
