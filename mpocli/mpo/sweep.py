@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mpocli.mpo.mpo import MPO
 
 # Normal equations up to this many unknowns are solved by a factorisation, larger ones by conjugate gradients.
 DIRECT_UNKNOWNS = 1536
-_CG_STEPS = 6
+_CG_STEPS = 4
 _CG_TOL = 1e-6  # of the squared residual in the preconditioner's norm
 _JITTER = 1e-12
 
@@ -119,6 +120,14 @@ class _Problem:
         gram, output = _padded_square(gram, columns, wide), _padded_square(output, rows, wide)
         return cls(target, gram, output, _times(output, target, gram), (matrix.shape[0], matrix.shape[1]))
 
+    @cached_property
+    def _gram32(self) -> Tensor | None:
+        return None if self.gram is None else self.gram.float()
+
+    @cached_property
+    def _output32(self) -> Tensor | None:
+        return None if self.output is None else self.output.float()
+
     def error(self, cores: list[Tensor]) -> float:
         rows, columns = self.shape
         difference = self.target - to_dense(cores)
@@ -130,13 +139,17 @@ class _Problem:
         """The best core k, or a better one where that cannot be had at once."""
         environment = _Environment(cores, k)
         core = cores[k]
+        right_side = environment.pull(self.weighted)
+        precondition, is_exact = self._preconditioner(environment, core)
+        if is_exact:
+            return precondition(right_side)
 
         def apply(x: Tensor) -> Tensor:
-            return environment.pull(_times(self.output, environment.push(x), self.gram))
+            # Most of the work. Steps along directions that single precision has bent are still steps down.
+            return environment.pull(_times(self._output32, environment.push(x).float(), self._gram32).to(x))
 
-        precondition = self._preconditioner(environment, core)
         x = core.clone()
-        residual = environment.pull(self.weighted) - apply(x)
+        residual = right_side - apply(x)
         rest = precondition(residual)
         direction = rest
         norm = first = float((residual * rest).sum())
@@ -156,12 +169,14 @@ class _Problem:
             norm = after
         return x
 
-    def _preconditioner(self, environment: _Environment, core: Tensor) -> Callable[[Tensor], Tensor]:
-        """The inverse of (mean of H over the other sites) ⊗ (Eᵀ G E), exact without output weights."""
+    def _preconditioner(self, environment: _Environment, core: Tensor) -> tuple[Callable[[Tensor], Tensor], bool]:
+        """The inverse of (mean of H over the other sites) ⊗ (Eᵀ G E), and whether it is that of H ⊗ G."""
         left, out, in_, right = core.shape
         rows = _factored(environment.own_rows(self.output)) if self.output is not None else None
         small = left * in_ * right <= DIRECT_UNKNOWNS
-        columns = _factored(environment.normal(self.gram)) if small else None
+        # A preconditioner need not be exact.
+        gram = self.gram if rows is None else self._gram32
+        columns = _factored(environment.normal(gram).to(core)) if small else None
 
         def precondition(x: Tensor) -> Tensor:
             if columns is not None:
@@ -173,7 +188,7 @@ class _Problem:
                 x = torch.cholesky_solve(flat, rows).reshape(out, left, in_, right).permute(1, 0, 2, 3)
             return x
 
-        return precondition
+        return precondition, small and rows is None
 
 
 def _times(output: Tensor | None, matrix: Tensor, gram: Tensor | None) -> Tensor:
@@ -246,8 +261,9 @@ class _Environment:
             pair = torch.kron(lefts.T @ lefts, rights @ rights.T).reshape(a, b, a, b)
             eye = torch.eye(in_, dtype=pair.dtype, device=pair.device)
             return torch.einsum("abcd,ij->aibcjd", pair, eye).reshape(a * in_ * b, -1)
-        # E[(a b), (o_< o_>), (i_< i_>)] of all cores around
-        around = torch.einsum("pxa,bqy->abpqxy", self.left, self.right).reshape(a * b, ol * og, il * ig)
+        # E[(a b), (o_< o_>), (i_< i_>)] of all cores around, in the precision of G
+        left, right = self.left.to(gram), self.right.to(gram)
+        around = torch.einsum("pxa,bqy->abpqxy", left, right).reshape(a * b, ol * og, il * ig)
         by_site = gram.reshape(il, in_, ig, il, in_, ig).permute(1, 0, 2, 4, 3, 5)
         by_site = by_site.reshape(in_, il * ig, in_, il * ig)  # (i, rest, i', rest')
         result = gram.new_empty(in_, a * b, in_, a * b)
