@@ -210,3 +210,23 @@ def test_the_moe_recipe_runs_from_end_to_end(
     assert [code for code, _, _ in printed] == [0] * 7, printed
     sizes = {name: (shop / "moe" / name / "model.safetensors").stat().st_size for name in ("experts", "dense-experts")}
     assert sizes["experts"] < sizes["dense-experts"]
+
+
+def test_the_plan_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is healed has the planned size."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("LENGTH", "16")
+    (shop / "train.txt").write_text(" ".join(WORDS * 60))
+    arguments = ["gpt2", "train.txt", "wiki.valid.txt", "0.4", "planned", "--steps", "3", "--lr", "1e-3"]
+    printed = [
+        mpocli([*words, *(["--samples", "12"] if "--ratio" in words else [])], capsys)
+        for words in recipe("plan.sh", arguments, shop)
+    ]
+    assert [code for code, _, _ in printed] == [0] * 5, printed
+    assert "the plan" in printed[0][1] and "whitened SVD" in printed[0][1]
+    totals = [
+        json.loads((shop / "planned" / name / "mpo.json").read_text())["totals"] for name in ("planned", "healed")
+    ]
+    assert totals[0]["params"] == totals[1]["params"] < totals[0]["dense_params"]
