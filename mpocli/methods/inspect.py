@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpocli.errors import InputError
@@ -16,6 +16,8 @@ from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_s
 from mpocli.sparse import bitmask_bytes
 
 Progress = Callable[[int, int, str], None]
+# A dense tensor with fewer zeros than this part has them by chance.
+_SPARSE = 0.01
 # Half precision stores a canonical core with this much rounding in AᵀA.
 _CANONICAL_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
 
@@ -77,6 +79,7 @@ def run(
     module: tuple[str, ...] = (),
     spectrum: bool = False,
     verify: bool = False,
+    count_zeros: bool = False,
     base: str | None = None,
     sites: int = 5,
     revision: str | None = None,
@@ -86,7 +89,9 @@ def run(
     """Look at an MPO or an ordinary checkpoint; nothing is changed.
 
     `spectrum` reads the cores of an MPO, and decomposes a dense matrix (on `sites` sites) to see what its bonds
-    would carry. `verify` checks hashes, counts, canonical claims, and with `base` every claimed error again.
+    would carry. `count_zeros` reads the weights that are stored dense and counts theirs too, as is done without being
+    asked where `sparsify --storage dense` is the history. `verify` checks hashes, counts, canonical claims, and with
+    `base` every claimed error again.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -94,9 +99,15 @@ def run(
     chosen = list(weights)
     if module:
         chosen = select(weights, layers=None, targets=module, ignore=(), default_roles=(), target_option="--module")
+    history = checkpoint.manifest.history if checkpoint.manifest else ()
+    stored_dense = any(
+        entry.get("command") == "sparsify" and (entry.get("options") or {}).get("storage") == "dense"
+        for entry in history
+    )
+    zeros = _zeros_of(checkpoint.reader, weights, count=count_zeros or stored_dense)
     views = []
     for count, weight in enumerate(chosen, 1):
-        view = _with_sparsity(_view(weight), weight, checkpoint.reader)
+        view = _with_sparsity(_view(weight), weight, checkpoint.reader, zeros)
         is_experts = weight.entry is not None and weight.entry.spec.experts
         if spectrum and (weight.entry or module or weight.role) and not weight.obstacle and not is_experts:
             view = _with_spectrum(view, checkpoint, weight, sites)
@@ -108,7 +119,7 @@ def run(
     if verify:
         problems, checks = _verify(checkpoint, base, progress)
     rest = checkpoint.survey.dense_params - sum(weight.dense_params for weight in weights)
-    history = checkpoint.manifest.history if checkpoint.manifest else ()
+    entries = sum(checkpoint.reader.specs[key].numel for key in zeros)
     return InspectReport(
         model=model,
         totals=checkpoint.totals(),
@@ -118,8 +129,8 @@ def run(
         seconds=time.perf_counter() - started,
         problems=problems,
         checks=checks,
-        sparsity=_overall(checkpoint.reader),
-        zeros=sum(_zeros(checkpoint.reader, key) for key in checkpoint.reader.encoded),
+        sparsity=sum(zeros.values()) / entries if entries else None,
+        zeros=sum(zeros.values()),
         has_manifest=(checkpoint.source.directory / MANIFEST).is_file(),
     )
 
@@ -174,29 +185,40 @@ def _expert_params(spec: MPOSpec, dense: int) -> int:
     return (dense or spec.central_params + spec.auxiliary_params - shared) // spec.experts
 
 
-def _zeros(reader: CheckpointReader, key: str) -> int:
-    return reader.specs[key].numel - reader.kept_values[key]
+def _keys_of(weight: Weight) -> list[str]:
+    """The names in the files of a matrix, or of its cores."""
+    if weight.key is None:
+        return []
+    return (
+        [f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()] if weight.entry else [weight.key]
+    )
 
 
-def _overall(reader: CheckpointReader) -> float | None:
-    entries = sum(reader.specs[key].numel for key in reader.encoded)
-    return sum(_zeros(reader, key) for key in reader.encoded) / entries if entries else None
+def _zeros_of(reader: CheckpointReader, weights: Sequence[Weight], *, count: bool) -> dict[str, int]:
+    """Zeros of every sparse tensor: those that are stored as such, and with `count` those that are mostly so."""
+    found = {key: reader.specs[key].numel - reader.kept_values[key] for key in reader.encoded}
+    if count:
+        for key in (key for weight in weights for key in _keys_of(weight) if key not in found and key in reader):
+            tensor = reader.read(key)
+            zeros = int((tensor == 0).sum())
+            if zeros >= _SPARSE * tensor.numel():
+                found[key] = zeros
+    return found
 
 
-def _with_sparsity(view: ModuleView, weight: Weight, reader: CheckpointReader) -> ModuleView:
-    """What the files hold as bitmask and values: the matrix, or cores of it."""
-    cores = weight.entry.spec.core_shapes() if weight.entry else ()
-    keys = [f"{weight.core_prefix}.{core}" for core in cores] if cores else [weight.key]
-    sparse = [key for key in keys if key is not None and key in reader.encoded]
+def _with_sparsity(view: ModuleView, weight: Weight, reader: CheckpointReader, zeros: Mapping[str, int]) -> ModuleView:
+    """What of the matrix, or of its cores, is sparse, and what that saves of the files."""
+    sparse = [key for key in _keys_of(weight) if key in zeros]
     if not sparse:
         return view
-    entries, zeros = sum(reader.specs[key].numel for key in sparse), sum(_zeros(reader, key) for key in sparse)
+    entries, total = sum(reader.specs[key].numel for key in sparse), sum(zeros[key] for key in sparse)
     saved = sum(
         reader.specs[key].nbytes
         - bitmask_bytes(reader.specs[key].numel, reader.kept_values[key], reader.specs[key].dtype.itemsize)
         for key in sparse
+        if key in reader.encoded
     )
-    return replace(view, sparsity=zeros / entries, zeros=zeros, bytes=view.bytes - saved)
+    return replace(view, sparsity=total / entries, zeros=total, bytes=view.bytes - saved)
 
 
 def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sites: int) -> ModuleView:

@@ -519,3 +519,20 @@ def test_a_weight_that_is_no_number_is_exit_3_and_named(scope: str, cli: Cli, de
     rewrite(dense, spoil)
     refused(cli("sparsify", dense, *MAGNITUDE, "--scope", scope, "-o", "out"), 3, name)
     assert tree(work) == {}
+
+
+def test_inspect_counts_zeros_that_are_stored_dense(sparsify: Sparsify, cli: Cli, bert: Path, work: Path) -> None:
+    """Without being asked where the history says so, and in a merged checkpoint when it is."""
+    packed = sparsify(bert, "packed", "--method", "magnitude", "--sparsity", 0.7)
+    sparsify(bert, "plain", "--method", "magnitude", "--sparsity", 0.7, "--storage", "dense")
+    succeeded(cli("merge", "packed", "-o", "merged"))
+    shown = {
+        name: succeeded(cli("inspect", name, *more, "--json")).json
+        for name, more in {"packed": [], "plain": [], "merged": ["--count-zeros"]}.items()
+    }
+    for name, report in shown.items():
+        assert report["zeros"] == packed["zeros"] and report["sparsity"] == pytest.approx(packed["sparsity"]), name
+        assert {m["name"]: m["sparsity"] for m in report["modules"]} == {
+            m["name"]: m["sparsity"] for m in shown["packed"]["modules"]
+        }
+    assert succeeded(cli("inspect", bert, "--count-zeros", "--json")).json["sparsity"] is None

@@ -29,6 +29,9 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check hashes, shapes, counts and canonical form; exit 3 on a mismatch.")
     ] = False,
+    count_zeros: Annotated[
+        bool, typer.Option("--count-zeros", help="Read weights that are stored dense too, and count their zeros.")
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="With --verify: recompute every claimed error against it."),
@@ -65,6 +68,7 @@ def command(
             module=tuple(module or ()),
             spectrum=spectrum,
             verify=verify,
+            count_zeros=count_zeros,
             base=base,
             sites=sites,
             revision=revision,
