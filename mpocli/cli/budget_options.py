@@ -85,9 +85,19 @@ Compare = Annotated[
         "--compare", help="Measure plain SVD, whitened SVD and plain MPO of the same size too.", rich_help_panel=PLAN
     ),
 ]
+Sensitivity = Annotated[
+    str | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="Measure what truncating each matrix alone does to the loss; kept in FILE, and read from it.",
+        rich_help_panel=PLAN,
+    ),
+]
+
 # Options that only a budget reads, and those that only a calibration does.
-OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare")
-OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential", "compare")
+OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare", "sensitivity")
+OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential", "compare", "sensitivity")
 
 
 def parse(
@@ -102,6 +112,7 @@ def parse(
     sweeps: int,
     sequential: bool,
     compare: bool,
+    sensitivity: str | None,
     calibrate: str | None,
     samples: int,
     seq_len: int,
@@ -136,6 +147,7 @@ def parse(
         sweeps=sweeps,
         sequential=sequential,
         compare=compare,
+        sensitivity=sensitivity,
         calibration=None if calibrate is None else Calibration(calibrate, samples, seq_len),
         data=data,
     )

@@ -32,6 +32,7 @@ class Budget:
     sweeps: int = 10
     sequential: bool = False
     compare: bool = False
+    sensitivity: str | None = None
     calibration: Calibration | None = None
     data: DataOptions | None = None
 
@@ -49,6 +50,8 @@ class Budget:
             raise UsageError(f"--max-error {self.max_error}: a relative error between 0 and 1", hint="such as 0.1")
         if self.sequential and self.calibration is None:
             raise UsageError("--sequential looks at activations, and there is no --calibrate")
+        if self.sensitivity and self.calibration is None:
+            raise UsageError("--sensitivity measures on text, and there is no --calibrate")
         if self.compare and self.calibration is None:
             raise UsageError("--compare measures on text, and there is no --calibrate")
         if self.allocation == "uniform" and self.ratio is None:
@@ -61,6 +64,6 @@ class Budget:
         if self.calibration is not None:
             options |= {"weights": self.weights, "sequential": self.sequential}
             options |= {"calibrate": Path(self.calibration.source).name, "samples": self.calibration.samples}
-            options |= {"seq_len": self.calibration.seq_len}
+            options |= {"seq_len": self.calibration.seq_len, "sensitivity": self.sensitivity is not None}
             options |= {"task": self.data.task} if self.data else {}
         return options

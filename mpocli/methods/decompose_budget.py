@@ -13,18 +13,20 @@ from torch import nn
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch, Inputs, sequential
+from mpocli.hf.targets import Weight
 from mpocli.io.writer import SpecCounter, plan_shards
-from mpocli.methods.calibration_data import calibration_batches, split_rows
+from mpocli.methods.calibration_data import Batches, calibration_batches, split_rows
 from mpocli.methods.compare import Compared, compare
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
 from mpocli.methods.decompose_write import Decomposer, Progress
 from mpocli.methods.device import device_of
-from mpocli.methods.norms import Norm, Norms, load_model, measure
-from mpocli.methods.planner import Planner, Solution
+from mpocli.methods.norms import Norms, load_model, measure
+from mpocli.methods.planner import Planner, Shapes
+from mpocli.methods.sensitivity import sensitivities
+from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
 from mpocli.mpo.gram import regularised
 
-Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
 # With fewer tokens than this for each input, a Gram matrix is mostly a guess.
 _FEW_TOKENS = 1.0
 _HELD_OUT = 32  # samples to compare on
@@ -55,8 +57,8 @@ def decide(
     device = device_of(config.device)
     chosen = [plan.weight for plan in plans if plan.sites is not None]
     norms, model = Norms(config.budget, None, chosen), None
-    batches: Sequence[Batch] = []
-    held_out: Sequence[Batch] = []
+    batches: Batches = []
+    held_out: Batches = []
     if (calibration := config.budget.calibration) is not None:
         more = _HELD_OUT if config.budget.compare else 0
         drawn = calibration_batches(
@@ -87,26 +89,41 @@ def decide(
 
     cores = folder / "cores"
     cores.mkdir()
-    planner = Planner(
-        checkpoint,
-        config.budget,
-        norms,
-        cores,
-        device,
-        config.dtype,
-        exact_bytes,
-        config.sites,
-        progress,
-    )
+    shop = Workshop(checkpoint, config.budget, norms, cores, device, config.dtype, config.sites)
+    if config.budget.sensitivity is not None:
+        shop = replace(shop, sensitivity=_sensitivities(shop, model, config, chosen, batches, progress))
+    planner = Planner(shop, exact_bytes, progress)
     found = planner.plan(chosen)
     if config.budget.sequential and model is not None:
-        _refit(model, batches, planner, norms, found, [plan.weight for plan in plans], progress)
+        _refit(model, batches, shop, found, chosen, progress)
     compared: tuple[Compared, ...] = ()
     if held_out:
         if config.budget.sequential:
             model = load_model(checkpoint, device)  # the first one has been compressed
-        compared = compare(checkpoint, model, chosen, found, norms, held_out, config.sites, progress)
+        compared = compare(shop, model, chosen, found, held_out, progress)
     return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
+
+
+def _sensitivities(
+    shop: Workshop,
+    model: Any,
+    config: DecomposeConfig,
+    chosen: Sequence[Weight],
+    batches: Batches,
+    progress: Progress | None,
+) -> dict[str, float]:
+    budget = shop.budget
+    assert budget.sensitivity is not None and budget.calibration is not None
+    identity = {
+        "weights_sha256": shop.checkpoint.reader.sha256,
+        "text": Path(budget.calibration.source).name,
+        "samples": budget.calibration.samples,
+        "seq_len": budget.calibration.seq_len,
+        "weights": budget.weights,
+        "seed": config.seed,
+    }
+    rows, _ = split_rows(batches, _HELD_OUT)
+    return sensitivities(Path(budget.sensitivity), identity, shop, model, chosen, rows, progress)
 
 
 def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:
@@ -129,7 +146,7 @@ def _decided(plan: WeightPlan, found: Solution | str | None) -> WeightPlan:
     return replace(plan, sites=found.sites, bonds=found.bonds, solution=found)
 
 
-def _warn_of_few(norms: Norms, chosen: Sequence[Any], warn: Callable[[str], None]) -> None:
+def _warn_of_few(norms: Norms, chosen: Sequence[Weight], warn: Callable[[str], None]) -> None:
     assert norms.store is not None
     worst: tuple[float, str] | None = None
     for weight in chosen:
@@ -145,10 +162,9 @@ def _warn_of_few(norms: Norms, chosen: Sequence[Any], warn: Callable[[str], None
 def _refit(
     model: Any,
     batches: Sequence[Batch],
-    planner: Planner,
-    norms: Norms,
+    shop: Workshop,
     found: dict[str, Solution | str],
-    weights: Sequence[Any],
+    weights: Sequence[Weight],
     progress: Progress | None,
 ) -> None:
     """Fit the same shapes anew, block by block, to the inputs that the blocks before make once they are compressed."""
@@ -167,9 +183,9 @@ def _refit(
         nonlocal done
         weight, solution = by_name[name], found[name]
         assert isinstance(solution, Solution) and inputs.gram is not None and weight.key is not None
-        norm: Norm = norms.of(weight)
-        seen = regularised(inputs.gram, inputs.tokens, least=norms.robust, name=name)
-        again = planner.refitted(name, replace(norm, gram=seen), solution)
+        norm = shop.norms.of(weight)
+        seen = regularised(inputs.gram, inputs.tokens, least=shop.norms.robust, name=name)
+        again = shop.refitted(weight, replace(norm, gram=seen), solution)
         found[name] = again
         _put(module, again, weight)
         done += 1
@@ -179,7 +195,7 @@ def _refit(
     sequential(model, batches, names, visit, gram=True)
 
 
-def _put(module: nn.Module, solution: Solution, weight: Any) -> None:
+def _put(module: nn.Module, solution: Solution, weight: Weight) -> None:
     matrix = weight.oriented(solution.mpo(weight.shape).to_matrix())
     with torch.no_grad():
         parameter: Any = module.weight

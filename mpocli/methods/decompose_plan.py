@@ -10,7 +10,7 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
 from mpocli.methods.budget import Budget
-from mpocli.methods.planner import Solution
+from mpocli.methods.solution import Solution
 from mpocli.mpo import SiteShape, Truncation, site_shape
 
 DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")

@@ -18,7 +18,7 @@ from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
-from mpocli.methods.planner import Solution
+from mpocli.methods.solution import Solution
 from mpocli.mpo import (
     MPO,
     SiteShape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -107,6 +108,11 @@ def run(
         )
     if resume:
         raise UsageError("--resume: pruning at once leaves nothing to resume", hint="run without it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"pruning at once takes one process, and {os.environ['WORLD_SIZE']} were launched",
+            hint="run mpocli without torchrun or accelerate",
+        )
     device = device_of(config.device)
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     check_output(out, checkpoint.source.directory, overwrite=overwrite)

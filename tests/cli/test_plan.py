@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,12 @@ def size_of(modules: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("model", ["bert", "gpt2", "t5"])
-@pytest.mark.parametrize("ratio", [0.2, 0.6])
-@pytest.mark.parametrize("options", [[], ["--weights", "input"], ["--sequential"]])
+@pytest.mark.parametrize(
+    ("ratio", "options"), [(0.2, []), (0.6, []), (0.2, ["--weights", "input"]), (0.3, ["--sequential"])]
+)
 def test_the_ratio_is_met_and_the_plan_is_what_is_written(
     model: str, ratio: float, options: list[str], run: Plan, deep: Path, lab: Path, work: Path
 ) -> None:
-    if ratio == 0.6 and options:
-        pytest.skip("one size is enough for the variants")
     what = [*BLOCKS, "--ratio", ratio, "--sweeps", 2, *text(lab), *options]
     plan, made = run("plan", deep / model, *what), run("decompose", deep / model, *what)
     params, dense = size_of(chosen(made))
@@ -269,3 +269,27 @@ def test_compare_measures_every_arm_at_the_plans_size(model: str, run: Plan, dee
     assert all(arm["params"] <= planned for name, arm in arms.items() if name != "dense")
     assert all((arm["perplexity"] is not None) == (model == "gpt2") for arm in arms.values())
     assert arms["the plan"]["divergence"] < arms["plain SVD"]["divergence"]
+
+
+def test_sensitivities_are_measured_once_and_belong_to_one_model_and_text(
+    run: Plan, cli: Cli, deep: Path, lab: Path, work: Path
+) -> None:
+    what = [*BLOCKS, "--ratio", 0.3, *text(lab), "--sensitivity", "found.json"]
+    first = run("plan", deep / "gpt2", *what)
+    written = (work / "found.json").read_bytes()
+    known = json.loads(written)["measured_over_predicted"]
+    assert set(known) == {module["name"] for module in chosen(first)}
+    assert all(0 < value < 1e3 for value in known.values())
+    assert run("plan", deep / "gpt2", *what)["modules"] == first["modules"]
+    assert (work / "found.json").read_bytes() == written
+    # What it says is obeyed: a matrix that is said to be precious is given more.
+    name = chosen(first)[0]["name"]
+    data = json.loads(written)
+    data["measured_over_predicted"][name] *= 1e4
+    (work / "found.json").write_text(json.dumps(data))
+    second = run("plan", deep / "gpt2", *what)
+    sizes = [next(m["params"] for m in report["modules"] if m["name"] == name) for report in (first, second)]
+    assert sizes[1] > sizes[0]
+    refused(cli("plan", deep / "gpt2", *what, "--seed", 5), 3, "--sensitivity found.json", "seed 0", "5")
+    (work / "found.json").write_text("[]")
+    refused(cli("plan", deep / "gpt2", *what), 3, "--sensitivity found.json", "no measurements")

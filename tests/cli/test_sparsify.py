@@ -536,3 +536,11 @@ def test_inspect_counts_zeros_that_are_stored_dense(sparsify: Sparsify, cli: Cli
             m["name"]: m["sparsity"] for m in shown["packed"]["modules"]
         }
     assert succeeded(cli("inspect", bert, "--count-zeros", "--json")).json["sparsity"] is None
+
+
+def test_several_processes_are_refused_where_nothing_is_trained(
+    cli: Cli, bert: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(cli("sparsify", bert, "--method", "magnitude", "-o", "out"), 2, "2 were launched")
+    assert not tree(work)
