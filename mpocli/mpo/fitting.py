@@ -25,7 +25,7 @@ from mpocli.mpo.weighted import WeightedSVD, weighted_square
 # the first sweep takes off most of what all of them do.
 _HOPELESS = 1.6
 # Of the error, that one more sweep has to take off.
-_TOL = 5e-3
+_TOL = 1e-3
 # Sizes around the expected one at which a shape is tried, and above which part of the matrix none is.
 _AROUND = 1.7
 _LARGEST = 0.6
