@@ -97,7 +97,8 @@ Sensitivity = Annotated[
 
 # Options that only a budget reads, and those that only a calibration does.
 OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare", "sensitivity")
-OF_CALIBRATION = ("samples", "seq_len", "weights", "task", "sequential", "compare", "sensitivity")
+_OF_DATA = ("task", "text_column", "label_column", "max_length", "tokenizer")
+OF_CALIBRATION = ("samples", "seq_len", "weights", "sequential", "compare", "sensitivity", *_OF_DATA)
 
 
 def parse(

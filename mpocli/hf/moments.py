@@ -85,11 +85,10 @@ class Store:
 
 @dataclass
 class _Sums:
-    """Of one module in a pass. `leader` is the module whose inputs these are too."""
+    """Of one module in a pass."""
 
     tokens: int = 0
     gram: Tensor | None = None
-    leader: str | None = None
     output: Tensor | None = None
     trace: float = 0.0
 
@@ -114,30 +113,59 @@ def collect(
         raise InputError("there are no calibration batches", hint="name a file with text")
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder)
-    chunks = list(_chunks(model, names, probe is not None))
+    leaders = _leaders(model, names, batches[0])
+    chunks = list(_chunks(model, [name for name in names if leaders[name] == name], probe is not None))
+    followers: dict[str, list[str]] = {}
+    for name in names:
+        if leaders[name] != name:
+            followers.setdefault(leaders[name], []).append(name)
     total = len(chunks) * len(batches)
     for number, chunk in enumerate(chunks):
-        sums = {name: _Sums() for name in chunk}
+        sums = {name: _Sums() for leader in chunk for name in (leader, *followers.get(leader, ()))}
 
         def step(done: int, number: int = number) -> None:
             if progress is not None:
                 progress(number * len(batches) + done, total)
 
-        _pass(model, batches, sums, probe, step)
-        _keep(store, sums, probe is not None)
+        _pass(model, batches, sums, leaders, probe, step)
+        _keep(store, sums, leaders, probe is not None)
     return store
 
 
-def _keep(store: Store, sums: Mapping[str, _Sums], probed: bool) -> None:
+def _leaders(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> dict[str, str]:
+    """For every module the first one that reads the very same tensors in every call, maybe itself."""
+    seen: dict[str, list[int]] = {name: [] for name in names}
+    last: list[Tensor] = []  # held, so that its identity means something until the next one comes
+    number = 0
+    with ExitStack() as hooks:
+        hooks.enter_context(evaluating(model))
+        for name in names:
+
+            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                nonlocal number
+                x: Tensor = args[0] if args else next(iter(kwargs.values()))
+                if not (last and last[0] is x):
+                    last[:] = [x]
+                    number += 1
+                seen[name].append(number)
+
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
+        run(model, batch)
+    first: dict[tuple[int, ...], str] = {}
+    # A module without a call, or an embedding, whose inputs are no vectors, stands for itself.
+    alone = {name for name in names if not seen[name] or isinstance(model.get_submodule(name), nn.Embedding)}
+    return {name: name if name in alone else first.setdefault(tuple(seen[name]), name) for name in names}
+
+
+def _keep(store: Store, sums: Mapping[str, _Sums], leaders: Mapping[str, str], probed: bool) -> None:
     for name, found in sums.items():
-        if found.leader is not None or not found.tokens:
+        if leaders[name] != name or not found.tokens:
             continue
         if found.gram is not None and not bool(torch.isfinite(found.gram.diagonal()).all()):
             raise NumericsError(
                 f"module {name}: its inputs are not finite", hint="run the model in float32 or bfloat16"
             )
-        followers = [other for other, their in sums.items() if their.leader == name]
-        store.put_input([name, *followers], found.gram, found.tokens)
+        store.put_input([other for other in sums if leaders[other] == name], found.gram, found.tokens)
     for name, found in sums.items():
         if probed and name in store:
             if not torch.isfinite(torch.tensor(found.trace)):
@@ -176,13 +204,13 @@ def _pass(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     sums: dict[str, _Sums],
+    leaders: Mapping[str, str],
     probe: Probe | None,
     step: Callable[[int], None],
 ) -> None:
     with ExitStack() as hooks:
         hooks.enter_context(evaluating(model, gradients=probe is not None))
         padding = Padding(model, hooks)
-        last: list[tuple[str, Tensor]] = []  # the input seen last, held so that its identity means something
 
         def before(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -191,13 +219,6 @@ def _pass(
             if isinstance(module, nn.Embedding):
                 mine.tokens += x.numel() if keep is None else int(keep.sum())
                 return
-            if last and last[0][1] is x and (mine.leader == last[0][0] or not mine.tokens):
-                mine.leader = last[0][0]
-                mine.tokens += 1  # reached: the numbers are the leader's
-                return
-            if mine.leader is not None:
-                raise AssertionError(f"{name} shares its inputs with {mine.leader} in some passes and not in others")
-            last[:] = [(name, x)]
             rows = x.detach().reshape(-1, x.shape[-1])
             rows = (rows if keep is None else rows[keep.reshape(-1)]).float()
             mine.tokens += len(rows)
@@ -229,17 +250,18 @@ def _pass(
             def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 after(module, args, output, name)
 
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if leaders[name] == name:
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             if probe is not None:
                 hooks.callback(module.register_forward_hook(leave).remove)
-        # Gradients of activations need one parameter ahead of them that has some: all others are frozen.
-        table: Any = model.get_input_embeddings()
-        first = list(table.parameters()) if probe is not None else []
+        # Gradients of activations need parameters ahead of them that have some: tables. All others are frozen.
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        tables = [*tables, model.get_input_embeddings()] if probe is not None else []
+        first = {parameter for table in tables for parameter in table.parameters()}
         for parameter in first:
             parameter.requires_grad_(True)
         for number, batch in enumerate(batches):
             padding.start(batch)
-            last.clear()
             output = run(model, batch)
             if probe is not None:
                 probe.loss(output, batch).backward()

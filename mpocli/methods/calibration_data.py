@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.calibration import Batch
 from mpocli.methods.task_data import DataOptions, positions, prepare
 from mpocli.train.data import read_text
 from mpocli.train.encode import collate, lm_windows, pad_id
@@ -55,6 +58,24 @@ def calibration_batches(
     if not checkpoint.config.is_encoder_decoder:
         batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     return batches
+
+
+def fed(batches: Sequence[Batch], model: Any) -> Batches:
+    """The batches as this model's class takes them: an encoder-decoder model without a head reads no labels."""
+    if not model.config.is_encoder_decoder or "labels" in inspect.signature(model.forward).parameters:
+        return [dict(batch) for batch in batches]
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id or 0
+    made = []
+    for batch in batches:
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        if "labels" in batch:
+            labels = batch["labels"]
+            kept = labels != -100
+            first = torch.full_like(labels[:, :1], pad if start is None else start)
+            rest["decoder_input_ids"] = torch.cat([first, labels.masked_fill(~kept, pad)[:, :-1]], 1)
+            rest["decoder_attention_mask"] = kept.to(labels.dtype)
+        made.append(rest)
+    return made
 
 
 def split_rows(batches: Batches, count: int) -> tuple[Batches, Batches]:

@@ -40,11 +40,14 @@ def compare(
     weights: Sequence[Weight],
     found: dict[str, Solution | str],
     batches: Sequence[Batch],
+    *,
+    causal: bool,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Compared, ...]:
     """Every arm beside the plan gives each matrix the same ratio, so that all have its size or a little less.
 
-    `model` is the dense one, and is so again afterwards; `batches` are the held-out samples.
+    `model` is the dense one, and is so again afterwards; `batches` are the held-out samples, `causal` whether the model
+    predicts next tokens. Tables and tied weights stay dense in all arms.
     """
     solutions = {name: solution for name, solution in found.items() if isinstance(solution, Solution)}
     planned = {weight.name: weight for weight in weights if weight.name in solutions and is_layer(weight)}
@@ -67,20 +70,26 @@ def compare(
 
     def plan(weight: Weight) -> Made:
         solution = solutions[weight.name]
-        return solution.mpo(weight.shape).to_matrix(), solution.params
+        return solution.mpo(weight.shape).to(dtype=torch.float32).to_matrix(), solution.params
 
     arms = {"plain MPO": plain_mpo, "plain SVD": plain_svd, "whitened SVD": whitened_svd, "the plan": plan}
     with evaluating(model):
-        dense = outputs(model, batches)
-        results = [Compared("dense", whole, 0.0, perplexity(dense, batches))]
+        dense = [outputs(model, batch) for batch in batches]
+        _, losses = divergence(model, dense, causal=causal)
+        results = [Compared("dense", whole, 0.0, perplexity(losses))]
         for number, (name, form) in enumerate(arms.items()):
             if progress:
                 progress(number, len(arms), f"comparing with {name}")
-            made = {key: form(weight) for key, weight in planned.items()}
-            with replaced(model, {key: matrix for key, (matrix, _) in made.items()}, planned):
-                after = outputs(model, batches)
-            params = sum(params for _, params in made.values())
-            results.append(Compared(name, params, divergence(dense, after, batches), perplexity(after, batches)))
+            sizes: list[int] = []
+
+            def matrix(weight: Weight, form: Callable[[Weight], Made] = form, sizes: list[int] = sizes) -> Tensor:
+                made, params = form(weight)
+                sizes.append(params)
+                return made
+
+            with replaced(model, planned, matrix):
+                distance, losses = divergence(model, dense, causal=causal)
+            results.append(Compared(name, sum(sizes), distance, perplexity(losses)))
     return tuple(results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch, Inputs, sequential
 from mpocli.hf.targets import Weight
 from mpocli.io.writer import SpecCounter, plan_shards
-from mpocli.methods.calibration_data import Batches, calibration_batches, split_rows
+from mpocli.methods.calibration_data import Batches, calibration_batches, fed, split_rows
 from mpocli.methods.compare import Compared, compare
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
 from mpocli.methods.decompose_write import Decomposer, Progress
@@ -26,6 +27,8 @@ from mpocli.methods.sensitivity import sensitivities
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
 from mpocli.mpo.gram import regularised
+from mpocli.train.models import family_of
+from mpocli.train.tasks import task_named
 
 # With fewer tokens than this for each input, a Gram matrix is mostly a guess.
 _FEW_TOKENS = 1.0
@@ -82,6 +85,7 @@ def decide(
         norms, model = measure(
             checkpoint, config.budget, chosen, batches, folder / "moments", device, config.seed, step
         )
+        batches, held_out = fed(batches, model), fed(held_out, model)
         _warn_of_few(norms, chosen, warn)
 
     def exact_bytes(shapes: Shapes) -> int:
@@ -98,9 +102,11 @@ def decide(
         _refit(model, batches, shop, found, chosen, progress)
     compared: tuple[Compared, ...] = ()
     if held_out:
+        one_sided = not checkpoint.config.is_encoder_decoder
+        causal = one_sided and family_of(task_named("lm"), checkpoint.config) == "causal"
         if config.budget.sequential:
             model = load_model(checkpoint, device)  # the first one has been compressed
-        compared = compare(shop, model, chosen, found, held_out, progress)
+        compared = compare(shop, model, chosen, found, held_out, causal=causal, progress=progress)
     return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
 
 
@@ -121,9 +127,18 @@ def _sensitivities(
         "seq_len": budget.calibration.seq_len,
         "weights": budget.weights,
         "seed": config.seed,
+        "tokens_sha256": _hash(batches),
     }
     rows, _ = split_rows(batches, _HELD_OUT)
     return sensitivities(Path(budget.sensitivity), identity, shop, model, chosen, rows, progress)
+
+
+def _hash(batches: Batches) -> str:
+    made = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            made.update(key.encode() + batch[key].numpy().tobytes())
+    return made.hexdigest()
 
 
 def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:
@@ -196,7 +211,7 @@ def _refit(
 
 
 def _put(module: nn.Module, solution: Solution, weight: Weight) -> None:
-    matrix = weight.oriented(solution.mpo(weight.shape).to_matrix())
+    matrix = weight.oriented(solution.mpo(weight.shape).to(dtype=torch.float32).to_matrix())
     with torch.no_grad():
         parameter: Any = module.weight
         parameter.copy_(matrix)

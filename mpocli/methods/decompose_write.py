@@ -148,9 +148,9 @@ class Decomposer:
             spec = _spec(weight, sites, bonds)
             self.done[weight.name] = ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype))
             return [torch.empty(shape, dtype=dtype, device="meta") for shape in spec.core_shapes().values()]
-        matrix = weight.oriented(self.checkpoint.reader.read(weight.key).to(self.device))
         if plan.solution is not None:
-            return self._solved(plan.solution, weight, matrix, dtype)
+            return self._solved(plan.solution, weight, dtype)
+        matrix = weight.oriented(self.checkpoint.reader.read(weight.key).to(self.device))
         mpo, error = decompose(matrix, sites, plan.truncation, name=weight.key)
         if self.config.keeps_larger and (reason := why_larger(mpo.num_params, weight)):
             self.kept_reason[weight.name] = reason
@@ -173,21 +173,15 @@ class Decomposer:
         )
         return [core.cpu() for core in mpo.cores]
 
-    def _solved(self, solution: Solution, weight: Weight, matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _solved(self, solution: Solution, weight: Weight, dtype: torch.dtype) -> list[Tensor]:
         """The planner's cores, which are in the dtype of the output already."""
-        mpo, error = solution.mpo(weight.shape), solution.relative_error
-        if self.config.gauge == "symmetric":
-            mpo = symmetric_gauge(mpo)
-            names = (f"{weight.core_prefix}.core_{k}" for k in range(len(mpo.cores)))
-            mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
-            difference, norm = stored_error(matrix, mpo.to(device=matrix.device))
-            error = difference / norm if norm else 0.0
+        mpo = solution.mpo(weight.shape)
         self.done[weight.name] = ModuleEntry(
             name=weight.name,
             role=weight.role,
             spec=_spec(weight, mpo.site_shape, mpo.bond_dims),
             dtype=dtype_name(dtype),
-            relative_error=error,
+            relative_error=solution.relative_error,
         )
         return list(mpo.cores)
 

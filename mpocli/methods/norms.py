@@ -16,6 +16,7 @@ from mpocli.hf.moments import Moments, Probe, Store, collect
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
 from mpocli.methods.budget import Budget
+from mpocli.methods.calibration_data import fed
 from mpocli.mpo.gram import FLOOR, regularised
 
 # With weights on both sides, errors find the directions that count least in both, where the errors of other layers
@@ -53,8 +54,12 @@ class Norms:
             if member.name not in self.store:
                 continue
             moments = self.store[member.name]
+            if self.without_outputs:
+                if member.kind != "embedding":
+                    return self._of_layer(moments, weight)
+                continue
             if member.kind == "embedding":
-                part = self._of_table(moments, vocabulary)
+                part = self._of_table(moments, vocabulary, member.scale)
             elif len(weight.members) > 1:  # the head of a tied pair: all its outputs count the same
                 part = self._of_head(moments, vocabulary)
             else:
@@ -63,9 +68,12 @@ class Norms:
                 gram = part if gram is None else gram + part
         if gram is None:
             reached = any(member.name in self.store for member in weight.members)
+            if reached and self.without_outputs:
+                return Norm()
             why = "the loss does not depend on it" if reached else "no calibration token reaches it"
             return Norm(unmeasured=why)
-        return Norm(regularised(gram, 1), None, 0.5, None)
+        tokens = self.most_tokens
+        return Norm(regularised(gram * tokens, tokens, least=self.robust, name=weight.name), None, 0.5, None)
 
     def _of_layer(self, moments: Moments, weight: Weight) -> Norm:
         assert moments.gram is not None
@@ -83,15 +91,23 @@ class Norms:
         return Norm(robust, output, share, plain)
 
     @property
-    def robust(self) -> float:
-        return FLOOR if self.budget.weights == "input" else _ROBUST
+    def without_outputs(self) -> bool:
+        """Whether errors are judged by inputs alone."""
+        return not self.budget.probes
 
-    def _of_table(self, moments: Moments, vocabulary: int) -> Tensor | None:
-        """Rows of the vocabulary count the same: calibration text has seen too few of them to know better."""
-        if moments.output_trace is None:
+    @property
+    def robust(self) -> float:
+        """The least part of a Gram matrix that is replaced by the identity."""
+        return FLOOR if self.without_outputs else _ROBUST
+
+    def _of_table(self, moments: Moments, vocabulary: int, scale: float) -> Tensor | None:
+        """Rows of the vocabulary count the same: calibration text has seen too few of them to know better.
+
+        `scale` is what the embedding multiplies its rows by, after the table and before the gradients.
+        """
+        if moments.output is None:
             return None
-        assert moments.output is not None
-        return moments.output.double() / (self.most_tokens * vocabulary)
+        return moments.output.double() * (scale**2 / (self.most_tokens * vocabulary))
 
     def _of_head(self, moments: Moments, vocabulary: int) -> Tensor | None:
         if moments.output_trace is None or moments.gram is None:
@@ -115,7 +131,8 @@ def measure(
     """
     model = load_model(checkpoint, device)
     names = [member.name for weight in weights for member in weight.members if _is_layer(model, member.name)]
-    probe = Probe(seed) if budget.weights == "fisher" else None
+    probe = Probe(seed) if budget.probes else None
+    batches = fed(batches, model)
     store = collect(model, batches, names, folder, probe=probe, progress=progress)
     return Norms(budget, store, weights), model
 
@@ -123,7 +140,9 @@ def measure(
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     """The checkpoint's own architecture, in float32 and evaluation mode."""
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
-    return cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of parameters that the files lack
+        return cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
 
 
 def _is_layer(model: Any, name: str) -> bool:

@@ -10,6 +10,7 @@ from mpocli.mpo.weighted import weighted_square
 
 # Sizes that are tried for a shape, and the part of a matrix below which the next one is not worth a fit.
 _TRIALS, _CLOSE = 6, 0.02
+_ROUNDINGS, _LESS = 5, 0.95
 # What is tried first where no truncated SVD says how large it has to be.
 _FIRST = 0.6
 
@@ -17,8 +18,21 @@ _FIRST = 0.6
 def smallest_within(shop: Workshop, weight: Weight, limit: float) -> Solution | str:
     """The smallest form with a relative error of at most `limit` in the norm of the inputs, or why there is none."""
     norm, subject = shop.subject(weight, by_inputs=True)
-    # Rounding to the stored dtype adds to the error of what is fitted.
     allowed = limit**2 * weighted_square(subject.wide, subject.gram)
+    for _ in range(_ROUNDINGS):
+        best = _smallest(shop, weight, subject, allowed)
+        if best is None or best.mpo.num_params >= subject.dense:
+            break
+        made = shop.keep(weight, best, norm, subject)
+        error = made.relative_error if made.weighted_error is None else made.weighted_error
+        if error <= limit:
+            return made
+        # Rounding to the stored dtype has added to it.
+        allowed *= _LESS * (limit / error) ** 2
+    return "no smaller form has so small an error"
+
+
+def _smallest(shop: Workshop, weight: Weight, subject: Subject, allowed: float) -> Fitted | None:
     best: Fitted | None = None
     if shop.budget.shapes != "paper":
         params = next(size for size, loss in subject.svd_curve().options if loss <= allowed)
@@ -29,9 +43,7 @@ def smallest_within(shop: Workshop, weight: Weight, limit: float) -> Solution | 
         chains = [found] if found else []
     for chain in chains:
         best = _narrowed(subject, chain, allowed, shop.budget.sweeps, best)
-    if best is None or best.mpo.num_params >= subject.dense:
-        return "no smaller form has so small an error"
-    return shop.keep(weight, best, norm, subject)
+    return best
 
 
 def _narrowed(subject: Subject, chain: Candidate, allowed: float, sweeps: int, best: Fitted | None) -> Fitted | None:

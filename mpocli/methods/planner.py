@@ -20,7 +20,6 @@ Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
 _PAPER_SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
 # A fit is made where its curve says that it loses at most this many times what the SVD does: full sweeps gain on it.
 _WORTH_A_FIT = 1.15
-_BYTE_ROUNDS = 6
 
 
 @dataclass
@@ -64,13 +63,39 @@ class Planner:
                 found = smallest_within(self.shop, case.weight, budget.max_error)
                 case.solution, case.reason = (None, found) if isinstance(found, str) else (found, "")
         elif budget.allocation == "uniform":
-            assert budget.ratio is not None
-            for case in self._each("fitting"):
-                case.params = int(budget.ratio * case.weight.dense_params)
-                self._solve(case)
+            self._uniformly()
         else:
             self._globally()
         return {case.weight.name: case.solution or case.reason for case in self._cases}
+
+    def _uniformly(self) -> None:
+        """The same ratio for every matrix that can be judged, so that with the others it is the budget's."""
+        assert self.shop.budget.ratio is not None
+        for case in self._cases:
+            case.reason = self.shop.norms.of(case.weight).unmeasured
+        cases = self._open()
+        ratio = self._left_for(cases) / max(1, sum(case.weight.dense_params for case in cases))
+        for case in self._each("fitting"):
+            if not case.reason:
+                case.params = int(ratio * case.weight.dense_params)
+                self._solve(case)
+
+    def _open(self) -> list[_Case]:
+        return [case for case in self._cases if not case.reason]
+
+    def _left_for(self, cases: Sequence[_Case]) -> int:
+        """Parameters of a ratio that are left when all other cases stay dense; `UsageError` where none are."""
+        assert self.shop.budget.ratio is not None
+        kept = self._dense - sum(case.weight.dense_params for case in cases)
+        left = int(self.shop.budget.ratio * self._dense) - kept
+        if left <= 0:
+            why = next((case.reason for case in self._cases if case.reason), "nothing is selected")
+            raise UsageError(
+                f"--ratio {self.shop.budget.ratio}: of {self._dense:,} selected parameters {kept:,} stay as they are "
+                f"({why})",
+                hint="raise it, or choose other matrices with --layers",
+            )
+        return left
 
     # --- one budget for all -------------------------------------------------------------------------------------
 
@@ -85,6 +110,7 @@ class Planner:
         for case in self._each("fitting"):
             if not case.reason:
                 self._solve(case)
+        self._fit_bytes()
         self._spend_rest()
 
     def _draw(self, case: _Case) -> None:
@@ -121,30 +147,54 @@ class Planner:
 
     def _share(self) -> None:
         """Give every open case its parameters."""
-        cases = [case for case in self._cases if not case.reason]
+        cases = self._open()
         budget = self.shop.budget
         if budget.ratio is not None:
-            kept = sum(case.weight.dense_params for case in self._cases if case.reason)
-            self._give(cases, int(budget.ratio * self._dense) - kept)
+            self._give(cases, self._left_for(cases))
             return
         assert budget.max_bytes is not None
-        itemsize = max((self.shop.stored_dtype(case.weight).itemsize for case in cases), default=1)
         params = sum(case.weight.dense_params for case in cases)
-        params -= max(0, self.exact_bytes({}) - budget.max_bytes) // itemsize
-        for _ in range(_BYTE_ROUNDS):  # names and shapes in the files' headers count too
-            if params <= 0:
-                break
+        over = self.exact_bytes({}) - budget.max_bytes
+        while over > 0:  # names and shapes in the files' headers count too, and the last step may not fit
+            params -= -(-over // self._itemsize)
+            if params < sum(case.curve.params[0] for case in cases if case.curve):
+                self._refuse_bytes(cases)
             self._give(cases, params)
+            params = sum(case.params for case in cases)
             over = self.exact_bytes(self._shapes(cases)) - budget.max_bytes
-            if over <= 0:
-                return
-            params -= -(-over // itemsize)
+        if not any(case.params for case in cases):
+            self._give(cases, params)
+
+    @property
+    def _itemsize(self) -> int:
+        """Of the smallest stored dtype among the open cases: what a parameter takes off a file at least."""
+        return min((self.shop.stored_dtype(case.weight).itemsize for case in self._open()), default=1)
+
+    def _refuse_bytes(self, cases: Sequence[_Case]) -> None:
         least = self.exact_bytes({case.weight.name: _smallest(case) for case in cases})
         raise UsageError(
-            f"--max-bytes {budget.max_bytes:,}: what is not selected and the smallest form of the rest take {least:,}"
-            " bytes",
+            f"--max-bytes {self.shop.budget.max_bytes:,}: what is not selected and the smallest form of the rest take"
+            f" {least:,} bytes",
             hint="raise it, or select more with --layers",
         )
+
+    def _fit_bytes(self) -> None:
+        """Take parameters off again where forms turned out larger in the files than expected."""
+        limit = self.shop.budget.max_bytes
+        while limit is not None and (over := self.exact_bytes(self._solved()) - limit) > 0:
+            # A budget of parameters, from here on, for the cases that have a form.
+            cases = [case for case in self._cases if case.solution is not None]
+            before = {case.weight.name: case.params for case in cases}
+            params = sum(case.solution.params for case in cases if case.solution) - -(-over // self._itemsize)
+            if params < sum(case.curve.params[0] for case in cases if case.curve):
+                self._refuse_bytes(cases)
+            self._give(cases, params)
+            for case in cases:
+                if case.params != before[case.weight.name]:
+                    self._solve(case)
+
+    def _solved(self) -> Shapes:
+        return {case.weight.name: (case.solution.sites, case.solution.bonds) for case in self._cases if case.solution}
 
     @property
     def _dense(self) -> int:
@@ -159,16 +209,25 @@ class Planner:
         found = {}
         for case in cases:
             if not case.stays_dense:
-                sites = (case.chain or svd(*case.weight.shape)).sites
-                found[case.weight.name] = sites, bonds_within(sites, case.params)
+                forms = [svd(*case.weight.shape).sites, *([case.chain.sites] if case.chain else [])]
+                able = [sites for sites in forms if sites.num_params(sites.capped_bond_dims(1)) <= case.params]
+                shapes = [(sites, bonds_within(sites, case.params)) for sites in able]
+                # Which of them it will be is not known yet: the larger one.
+                found[case.weight.name] = max(shapes, key=lambda shape: shape[0].num_params(shape[1]))
         return found
 
     def _spend_rest(self) -> None:
         """What the fits left of the budget goes to the SVDs among them, rank by rank where it gains most."""
-        if self.shop.budget.ratio is None:
-            return
-        used = sum(case.solution.params if case.solution else case.weight.dense_params for case in self._cases)
-        left = int(self.shop.budget.ratio * self._dense) - used
+        budget = self.shop.budget
+        if budget.ratio is not None:
+            used = sum(case.solution.params if case.solution else case.weight.dense_params for case in self._cases)
+            left = int(budget.ratio * self._dense) - used
+        else:
+            assert budget.max_bytes is not None
+            room = budget.max_bytes - self.exact_bytes(self._solved())
+            # A wider bond may take one more digit in each of two shapes of a header, which is padded to 8 bytes.
+            largest = max((self.shop.stored_dtype(case.weight).itemsize for case in self._cases), default=1)
+            left = (room - 8 - 2 * len(self._cases)) // largest
         cases = [case for case in self._cases if case.solution is not None and case.solution.name == "svd"]
         curves = []
         for case in cases:
@@ -193,7 +252,8 @@ class Planner:
     def _solve(self, case: _Case) -> None:
         """Make the best form of at most `case.params` parameters."""
         if case.stays_dense:
-            case.reason = "fragile: any smaller form loses more here than elsewhere"
+            whole = all(other.stays_dense for other in self._cases if not other.reason or other is case)
+            case.reason = "the budget leaves it whole" if whole else "any smaller form loses more here than elsewhere"
             return
         norm, subject = self.shop.subject(case.weight)
         if norm.unmeasured:

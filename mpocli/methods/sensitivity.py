@@ -16,6 +16,7 @@ from mpocli.methods.solution import Workshop
 # The size, as a part of a matrix, at which its SVD is measured.
 _SIZE = 0.25
 _FORMAT = 1
+_LEAST, _MOST = 0.05, 20.0
 
 
 def sensitivities(
@@ -35,7 +36,7 @@ def sensitivities(
     known = _read(path, identity)
     missing = [weight for weight in weights if is_layer(weight) and weight.name not in known]
     with evaluating(model):
-        dense = outputs(model, batches) if missing else []
+        dense = [outputs(model, batch) for batch in batches] if missing else []
         for number, weight in enumerate(missing):
             if progress:
                 progress(number, len(missing), f"truncating {weight.name} alone")
@@ -43,10 +44,12 @@ def sensitivities(
             made = subject.svd_within(int(_SIZE * subject.dense))
             if norm.unmeasured or made is None:
                 continue
-            with replaced(model, {weight.name: made.mpo.to_matrix()}, {weight.name: weight}):
-                measured = divergence(dense, outputs(model, batches), batches)
+            matrix = made.mpo.to_matrix()
+            with replaced(model, {weight.name: weight}, lambda weight, matrix=matrix: matrix):  # type: ignore[misc]
+                measured, _ = divergence(model, dense)
             predicted = shop.scale(weight, norm, subject) * made.loss
-            known[weight.name] = measured / predicted if predicted > 0.0 and measured > 0.0 else 1.0
+            # Of errors at round-off level the quotient means nothing.
+            known[weight.name] = min(max(measured / predicted, _LEAST), _MOST) if predicted > 0.0 else 1.0
             # After each, so that a run that is stopped has lost one matrix.
             _write(path, {"format": _FORMAT, "of": identity, "measured_over_predicted": known})
     return known
@@ -67,7 +70,7 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, float]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        belongs, known = data["of"], {str(k): float(v) for k, v in data["measured_over_predicted"].items()}
+        belongs, known = dict(data["of"]), {str(k): float(v) for k, v in data["measured_over_predicted"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--sensitivity {path}: holds no measurements ({type(error).__name__})", hint="name another file"

@@ -86,7 +86,7 @@ class Workshop:
     def scale(self, weight: Weight, norm: Norm, subject: Subject) -> float:
         """Turns a squared error into what is added up: a share of the loss, or of what the matrix puts out."""
         factor = self.sensitivity.get(weight.name, 1.0)
-        if self.budget.calibration is not None and self.budget.weights == "fisher":
+        if self.budget.probes:
             return factor * norm.scale
         total = weighted_square(subject.wide, subject.gram)
         return factor / total if total else factor
@@ -108,7 +108,7 @@ class Workshop:
         dtype, name = self.stored_dtype(weight), weight.name
         cores = [cast(core, dtype, f"{name}.core_{k}") for k, core in enumerate(made.mpo.cores)]
         stored = MPO(tuple(cores), made.mpo.shape)
-        difference = subject.wide - stored.to_matrix().to(subject.wide)
+        difference = subject.wide - stored.to(dtype=subject.wide.dtype).to_matrix()
         path = self.folder / f"{name}.safetensors"
         save_file({f"core_{k}": core.cpu().contiguous() for k, core in enumerate(cores)}, path)
         gram = norm.input_gram.to(self.device) if norm.input_gram is not None else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Inputs, sequential
 from mpocli.hf.skeleton import build_skeleton
-from mpocli.methods.calibration_data import calibration_batches
+from mpocli.methods.calibration_data import calibration_batches, fed
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
@@ -42,7 +42,7 @@ def prune_by_activations(
         check_finite(checkpoint.reader.read(target.key), target.key)
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     model = cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
     by_module = {target.module: target for target in targets}
     pruned: dict[str, Tensor] = {}
     short: tuple[int, str] | None = None

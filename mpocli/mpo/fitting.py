@@ -14,6 +14,7 @@ from torch import Tensor
 from mpocli.errors import UsageError
 from mpocli.mpo.budget import Curve
 from mpocli.mpo.candidates import Candidate, bonds_within, svd
+from mpocli.mpo.canonical import canonicalize
 from mpocli.mpo.from_matrix import decompose
 from mpocli.mpo.linalg import working_dtype
 from mpocli.mpo.mpo import MPO
@@ -78,7 +79,8 @@ class Subject:
         rank = params // sum(self.matrix.shape)
         if rank < 1:
             return None
-        mpo = self.svd.mpo(rank)
+        # Roots of G and H in one core and their inverses in the other would be of very different sizes.
+        mpo = canonicalize(self.svd.mpo(rank))
         return Fitted(svd(*self.matrix.shape), mpo, self.svd.lost(mpo.bond_dims[1]))
 
     def fitted(self, candidate: Candidate, bonds: Sequence[int], sweeps: int, tol: float = _TOL) -> Fitted:
@@ -139,7 +141,7 @@ class Subject:
 def interpolated(points: Sequence[tuple[int, float]], grid: int = _GRID) -> list[tuple[int, float]]:
     """A curve through (parameters, loss > 0), straight between the points on log-log axes.
 
-    >>> interpolated([(10, 4.0), (40, 1.0)], grid=2)
+    >>> [(size, round(loss, 6)) for size, loss in interpolated([(10, 4.0), (40, 1.0)], grid=2)]
     [(10, 4.0), (20, 2.0), (40, 1.0)]
     """
     curve = list(points[:1])
@@ -148,5 +150,5 @@ def interpolated(points: Sequence[tuple[int, float]], grid: int = _GRID) -> list
         for k in range(1, grid + 1):
             size = round(a * (b / a) ** (k / grid))
             if size > curve[-1][0]:
-                curve.append((size, round(high * (size / a) ** slope, 12) if k < grid else low))
+                curve.append((size, high * (size / a) ** slope if k < grid else low))
     return curve

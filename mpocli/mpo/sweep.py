@@ -18,6 +18,7 @@ from mpocli.mpo.mpo import MPO
 
 # Normal equations up to this many unknowns are solved by a factorisation, larger ones by conjugate gradients.
 DIRECT_UNKNOWNS = 1536
+_DIRECT_WORK = 2**27
 _CG_STEPS = 4
 _CG_TOL = 1e-6  # of the squared residual in the preconditioner's norm
 _JITTER = 1e-12
@@ -49,8 +50,8 @@ def fit(
     sites. One sweep goes to the last core and back. Stops after `sweeps`, or as soon as a sweep takes off less than
     `tol` of the error. The error never grows: a sweep that round-off would let grow is not taken.
 
-    W is (O, I), G (I, I), H (O, O), None the identity, all without padding; computes in float64 and keeps the bond
-    dimensions. Raises `NumericsError` where the equations cannot be solved.
+    W is (O, I), G (I, I), H (O, O), None the identity, all without padding, which is fitted to zero and not counted;
+    computes in float64 and keeps the bond dimensions. Raises `NumericsError` where the equations cannot be solved.
     """
     problem = _Problem.of(matrix, start, gram, output)
     centred = canonicalize(start, 0)
@@ -173,7 +174,8 @@ class _Problem:
         """The inverse of (mean of H over the other sites) ⊗ (Eᵀ G E), and whether it is that of H ⊗ G."""
         left, out, in_, right = core.shape
         rows = _factored(environment.own_rows(self.output)) if self.output is not None else None
-        small = left * in_ * right <= DIRECT_UNKNOWNS
+        work = left * right * self.target.numel() // out  # elements that the normal equations pass through
+        small = left * in_ * right <= DIRECT_UNKNOWNS and work <= _DIRECT_WORK
         # A preconditioner need not be exact.
         gram = self.gram if rows is None else self._gram32
         columns = _factored(environment.normal(gram).to(core)) if small else None
@@ -224,7 +226,7 @@ class _Environment:
     """All cores but one: Ŵ = Σ L[o_<, i_<, a] C[a, o, i, b] R[b, o_>, i_>]."""
 
     def __init__(self, cores: list[Tensor], k: int) -> None:
-        self.left = _joined_left(cores[:k])  # (o_<, i_<, a)
+        self.left = _joined_left(cores[:k], cores[k])  # (o_<, i_<, a)
         self.right = _joined_right(cores[k + 1 :], cores[k])  # (b, o_>, i_>)
         self.out, self.in_ = cores[k].shape[1], cores[k].shape[2]
 
@@ -278,10 +280,10 @@ class _Environment:
         return result.reshape(a * in_ * b, -1)
 
 
-def _joined_left(cores: list[Tensor]) -> Tensor:
+def _joined_left(cores: list[Tensor], core: Tensor) -> Tensor:
     """(o_<, i_<, a) of the cores before one."""
     if not cores:
-        return torch.ones(1, 1, 1, dtype=torch.float64)
+        return core.new_ones(1, 1, 1)
     joined = cores[0]
     for core in cores[1:]:
         joined = _join(joined, core)

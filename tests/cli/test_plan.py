@@ -237,6 +237,9 @@ def test_modules_that_read_the_same_vectors_share_one_gram_matrix(deep: Path, tm
         (["--max-error", "0.5", "--allocation", "uniform"], "--allocation uniform"),
         (["--ratio", "0.5", "--shapes", "round"], "--shapes 'round'"),
         (["--ratio", "0.5", "--calibrate", "no.txt"], "no.txt"),
+        (["--ratio", "0.5", "--gauge", "symmetric"], "--gauge with a budget"),
+        (["--ratio", "0.5", "--max-length", "20"], "--max-length with no --calibrate"),
+        (["--ratio", "0.01", "--layers", "pooler"], "budget of"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(
@@ -293,3 +296,91 @@ def test_sensitivities_are_measured_once_and_belong_to_one_model_and_text(
     refused(cli("plan", deep / "gpt2", *what, "--seed", 5), 3, "--sensitivity found.json", "seed 0", "5")
     (work / "found.json").write_text("[]")
     refused(cli("plan", deep / "gpt2", *what), 3, "--sensitivity found.json", "no measurements")
+
+
+@pytest.mark.parametrize("part", [0.35, 0.5, 0.62, 0.71, 0.77, 0.86, 0.93])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_every_limit_on_the_files_that_can_be_met_is(
+    part: float, calibrated: bool, run: Plan, deep: Path, lab: Path
+) -> None:
+    limit = int(part * (deep / "bert" / "model.safetensors").stat().st_size)
+    more = [*text(lab), "--weights", "input"] if calibrated else []
+    report = run("plan", deep / "bert", "--max-bytes", f"{limit}B", "--sweeps", 1, *more)
+    assert 0.97 * limit < report["totals"]["bytes"] <= limit
+
+
+def test_half_precision_is_counted_in_a_bound_on_the_error(run: Plan, deep: Path) -> None:
+    report = run("decompose", deep / "gpt2", *BLOCKS, "--max-error", 0.02, "--dtype", "bfloat16")
+    made = [module for module in chosen(report) if module["action"] == "mpo"]
+    assert all(module["relative_error"] <= 0.02 for module in made)
+
+
+def test_errors_of_half_precision_cores_are_those_of_the_exact_product(run: Plan, deep: Path, work: Path) -> None:
+    report = run("decompose", deep / "gpt2", *BLOCKS, "--ratio", 0.5, "--dtype", "bfloat16")
+    stored = load_file(work / "out" / "model.safetensors")
+    old = dense_matrices(tf.AutoModelForCausalLM.from_pretrained(deep / "gpt2"))
+    module = next(module for module in chosen(report) if module["form"] == "svd")
+    cores = [stored[f"{module['name']}.core_{k}"].double() for k in (0, 1)]
+    new = cores[0].reshape(module["shape"][0], -1) @ cores[1].reshape(-1, module["shape"][1])
+    dense = old[module["name"]].double()
+    assert module["relative_error"] == pytest.approx(float((dense - new).norm() / dense.norm()), rel=1e-6)
+
+
+def test_cores_of_an_svd_are_canonical_whatever_the_weights(run: Plan, deep: Path, lab: Path, work: Path) -> None:
+    report = run("decompose", deep / "gpt2", *BLOCKS, "--ratio", 0.5, "--shapes", "svd", *text(lab))
+    stored = load_file(work / "out" / "model.safetensors")
+    for module in (module for module in chosen(report) if module["action"] == "mpo"):
+        second = stored[f"{module['name']}.core_1"].double()
+        rows = second.reshape(len(second), -1)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(second), dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_tables_count_by_their_gradients_and_by_what_the_head_reads(
+    run: Plan, deep: Path, lab: Path, work: Path
+) -> None:
+    """A tied table is not cut as if all directions were alike."""
+    made = {}
+    for name, more in {"plain": [], "input": [*text(lab), "--weights", "input"], "fisher": text(lab)}.items():
+        run("decompose", deep / "gpt2", "--layers", "embedding", "--ratio", 0.5, "--shapes", "svd", *more)
+        stored = load_file(work / "out" / "model.safetensors")
+        first, second = (stored[f"transformer.wte.core_{k}"] for k in (0, 1))
+        made[name] = first.reshape(first.shape[1], -1) @ second.reshape(second.shape[0], -1)
+    assert float((made["plain"] - made["input"]).norm()) > 1e-2 * float(made["plain"].norm())
+    assert float((made["plain"] - made["fisher"]).norm()) > 1e-2 * float(made["plain"].norm())
+
+
+def test_an_untied_table_is_planned_without_gradients_too(run: Plan, deep: Path, lab: Path) -> None:
+    report = run("plan", deep / "bert", "--ratio", 0.5, "--weights", "input", *text(lab))
+    table = next(module for module in chosen(report) if module["role"] == "embedding")
+    assert "depend" not in table["reason"]
+    params, dense = size_of(chosen(report))
+    assert 0.97 * dense < 2 * params <= dense
+
+
+@pytest.mark.parametrize("options", [["--allocation", "uniform"], []])
+def test_what_stays_dense_is_made_up_for_by_the_others(options: list[str], run: Plan, deep: Path, lab: Path) -> None:
+    """A model's pooler counts for nothing in next tokens, for example: here position tables do not."""
+    report = run("plan", deep / "bert", *BLOCKS, "--ratio", 0.5, *text(lab), *options)
+    params, dense = size_of(chosen(report))
+    assert 0.95 * dense < 2 * params <= dense
+
+
+@pytest.mark.parametrize("cls", [tf.BertForQuestionAnswering, tf.BertForMaskedLM, tf.BertForTokenClassification])
+def test_heads_of_other_kinds_are_compared_without_a_perplexity(cls: Any, run: Plan, lab: Path, tmp_path: Path) -> None:
+    tasks.save("bert", tmp_path / "other", cls=cls, initializer_range=0.2)
+    report = run("plan", tmp_path / "other", *BLOCKS, "--ratio", 0.5, *text(lab), "--compare")
+    assert all(arm["perplexity"] is None for arm in report["compared"])
+    assert report["compared"][-1]["divergence"] > 0
+
+
+def test_an_encoder_decoder_without_a_head_is_calibrated(run: Plan, lab: Path, tmp_path: Path) -> None:
+    tasks.save("t5", tmp_path / "body", cls=tf.T5Model)
+    report = run("plan", tmp_path / "body", *BLOCKS, "--ratio", 0.5, *text(lab), "--compare")
+    assert {name.partition(".")[0] for name in (m["name"] for m in chosen(report))} == {"encoder", "decoder"}
+    assert all(module["action"] == "mpo" for module in chosen(report) if module["form"])
+
+
+def test_one_bound_for_all_is_not_for_inputs_that_move(cli: Cli, deep: Path, lab: Path) -> None:
+    refused(
+        cli("plan", deep / "bert", "--max-error", 0.3, *text(lab), "--sequential"), 2, "--sequential with --max-error"
+    )

@@ -123,7 +123,9 @@ def command(
     ] = "canonical",
     dtype: options.Dtype = None,
     device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")] = "cpu",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Recorded in the manifest.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Of the samples that are drawn; recorded in the manifest.")
+    ] = 0,
     max_shard_size: options.ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exact sizes, write nothing.")] = False,
     overwrite: options.Overwrite = False,
@@ -230,10 +232,10 @@ def _name_the_planner(
     """What truncating every bond alike costs before any training, and the command that reaches the same size."""
     from mpocli.cli import render
 
-    chosen = [module for module in report.modules if module.reason not in ("not selected", "is an MPO already")]
-    made = [module for module in chosen if module.action == "mpo"]
+    made = [module for module in report.modules if module.action == "mpo" and module.reason != "is an MPO already"]
+    chosen = [*made, *(module for module in report.modules if "larger" in module.reason)]
     after, before = sum(m.params for m in chosen), sum(m.dense_params for m in chosen)
-    if not made or after >= before:
+    if not made or not 0.001 < after / before < 0.999:
         return
     losses = []
     for role, modules in render.by_role(made):
@@ -252,7 +254,17 @@ def _name_the_planner(
 
 def _refuse_fixed(given: set[str]) -> None:
     """`UsageError` for an option that fixes what the planner is asked to choose."""
-    fixed = ("trunc", "emb_trunc", "attention_trunc", "ffn_trunc", "pooler_trunc", "rel_tol", "when_larger", "shape")
+    fixed = (
+        "trunc",
+        "emb_trunc",
+        "attention_trunc",
+        "ffn_trunc",
+        "pooler_trunc",
+        "rel_tol",
+        "when_larger",
+        "shape",
+        "gauge",
+    )
     for name in fixed:
         if name in given:
             option = f"--{name.replace('_', '-')}"
