@@ -25,6 +25,9 @@ from mpocli.mpo.weighted import WeightedSVD, weighted_square
 # A chain of small cores that loses this many times what the SVD of its size loses after one sweep will not overtake it:
 # the first sweep takes off most of what all of them do.
 _HOPELESS = 1.6
+_CLEARLY = 1.4
+# What the first core alone has left of what a whole sweep leaves, at most: beyond it not even the sweep is made.
+_FIRST_CORE = 2.5
 # Of the error, that one more sweep has to take off.
 _TOL = 1e-3
 # Sizes around the expected one at which a shape is tried, and above which part of the matrix none is.
@@ -83,15 +86,25 @@ class Subject:
         mpo = canonicalize(self.svd.mpo(rank))
         return Fitted(svd(*self.matrix.shape), mpo, self.svd.lost(mpo.bond_dims[1]))
 
-    def fitted(self, candidate: Candidate, bonds: Sequence[int], sweeps: int, tol: float = _TOL) -> Fitted:
+    def fitted(
+        self,
+        candidate: Candidate,
+        bonds: Sequence[int],
+        sweeps: int,
+        *,
+        tol: float = _TOL,
+        give_up: float = math.inf,
+    ) -> Fitted:
         """A candidate with given bonds (n+1 numbers): truncated, then swept over in the norm."""
         start, _ = decompose(self.matrix, candidate.sites, Truncation(tuple(bonds[1:-1])))
         if sweeps == 0:
             return Fitted(candidate, start, self.loss_of(start))
-        done = fit(self.matrix, start, self.gram, self.output, sweeps=sweeps, tol=tol)
+        done = fit(self.matrix, start, self.gram, self.output, sweeps=sweeps, tol=tol, give_up=give_up)
         return Fitted(candidate, done.mpo, done.errors[-1])
 
-    def fitted_within(self, candidate: Candidate, params: int, sweeps: int) -> Fitted | None:
+    def fitted_within(
+        self, candidate: Candidate, params: int, sweeps: int, *, give_up: float = math.inf
+    ) -> Fitted | None:
         """A candidate of at most so many parameters, None where none is that small."""
         try:
             bonds = bonds_within(candidate.sites, params)
@@ -99,7 +112,7 @@ class Subject:
             return None
         key = candidate, bonds, sweeps
         if key not in self._fits:
-            self._fits[key] = self.fitted(candidate, bonds, sweeps)
+            self._fits[key] = self.fitted(candidate, bonds, sweeps, give_up=give_up)
         return self._fits[key]
 
     def most_promising(self, candidates: Sequence[Candidate], params: int) -> Candidate | None:
@@ -116,15 +129,15 @@ class Subject:
         for candidate in candidates:
             if chain is not None and candidate.sites.sites > 3 and best is not None and chain > best[0]:
                 break
-            found = self.fitted_within(candidate, params, 1)
+            found = self.fitted_within(candidate, params, 1, give_up=_FIRST_CORE * limit)
             if found is None:
                 continue
             if candidate.sites.sites > 2:
                 chain = found.loss
             if best is None or found.loss < best[0]:
                 best = found.loss, candidate
-            if candidate.sites.sites > 2 and best[0] > limit:
-                break  # and longer chains take far longer
+            if best[0] > (limit if candidate.sites.sites > 2 else _CLEARLY * limit):
+                break  # neither another pair of cores nor a longer chain, which takes far longer, will be
         return best[1] if best and best[0] <= limit else None
 
     def curve_around(self, candidate: Candidate, params: int, sweeps: int = 1) -> list[tuple[int, float]]:

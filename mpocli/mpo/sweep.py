@@ -40,6 +40,7 @@ def fit(
     *,
     sweeps: int = 10,
     tol: float = 1e-3,
+    give_up: float = math.inf,
 ) -> Fit:
     """Sweep over the cores of `start`, each made better while the others stay.
 
@@ -48,7 +49,8 @@ def fit(
     they are the same for every o_k, of size χ_{k−1} i_k χ_k, and solved exactly up to `DIRECT_UNKNOWNS`; all others
     by conjugate gradients from the core as it is, preconditioned with that solution and the mean of H over the other
     sites. One sweep goes to the last core and back. Stops after `sweeps`, or as soon as a sweep takes off less than
-    `tol` of the error. The error never grows: a sweep that round-off would let grow is not taken.
+    `tol` of the error, or after the first core if the error is above `give_up` then. The error never grows: a sweep
+    that round-off would let grow is not taken.
 
     W is (O, I), G (I, I), H (O, O), None the identity, all without padding, which is fitted to zero and not counted;
     computes in float64 and keeps the bond dimensions. Raises `NumericsError` where the equations cannot be solved.
@@ -63,6 +65,9 @@ def fit(
         order = [*range(n - 1), *range(n - 1, 0, -1)]
         for position, k in enumerate(order):
             cores[k] = problem.solve(cores, k)
+            if k == 0 and len(errors) == 1 and give_up < math.inf and (error := problem.error(cores)) > give_up:
+                kept = cores if error < errors[0] else best
+                return Fit(canonicalize(MPO(tuple(kept), start.shape)), (errors[0], min(error, errors[0])))
             forward = position < n - 1
             _shift(cores, k, forward=forward)
         # The way back ends at core 0, which the next sweep, or nobody, solves first.
