@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mpocli.errors import InputError
 from mpocli.hf.calibration import Batch, evaluating
 from mpocli.hf.targets import Weight
-from mpocli.methods.divergence import divergence, is_layer, outputs, replaced
+from mpocli.methods.divergence import Outputs, divergence, is_layer, outputs, replaced
 from mpocli.methods.solution import Workshop
 
 # The size, as a part of a matrix, at which its SVD is measured.
@@ -44,15 +46,19 @@ def sensitivities(
             made = subject.svd_within(int(_SIZE * subject.dense))
             if norm.unmeasured or made is None:
                 continue
-            matrix = made.mpo.to_matrix()
-            with replaced(model, {weight.name: weight}, lambda weight, matrix=matrix: matrix):  # type: ignore[misc]
-                measured, _ = divergence(model, dense)
+            measured = _divergence_with(model, weight, made.mpo.to_matrix(), dense)
             predicted = shop.scale(weight, norm, subject) * made.loss
             # Of errors at round-off level the quotient means nothing.
             known[weight.name] = min(max(measured / predicted, _LEAST), _MOST) if predicted > 0.0 else 1.0
             # After each, so that a run that is stopped has lost one matrix.
             _write(path, {"format": _FORMAT, "of": identity, "measured_over_predicted": known})
     return known
+
+
+def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: Sequence[Outputs]) -> float:
+    """Of a model in which this one matrix is replaced."""
+    with replaced(model, {weight.name: weight}, lambda _: matrix):
+        return divergence(model, dense)[0]
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mpocli.errors import UsageError
 from mpocli.mpo.factorize import site_shape
@@ -78,15 +79,19 @@ def bonds_within(sites: SiteShape, params: int) -> tuple[int, ...]:
         least = sites.num_params(_bonds(sites, [1] * inner))
         raise UsageError(f"site shape {sites} takes {least:,} parameters at least, {params:,} are left for it")
 
-    def fits(caps: list[int]) -> bool:
-        return sites.num_params(_bonds(sites, caps)) <= params
+    def widest(place: Callable[[int], list[int]], low: int, high: int) -> int:
+        """The largest cap in low … high that still fits where `place` puts it, given that `low` does."""
+        return _largest(low, high, lambda cap: sites.num_params(_bonds(sites, place(cap))) <= params)
 
-    cap = _largest(1, max(sites.full_bond_dims), lambda cap: fits([cap] * inner))
-    caps = [cap] * inner
+    caps = [widest(lambda cap: [cap] * inner, 1, max(sites.full_bond_dims))] * inner
     for k in range(inner):
-        best = _largest(caps[k], sites.full_bond_dims[k + 1], lambda cap, k=k: fits([*caps[:k], cap, *caps[k + 1 :]]))  # type: ignore[misc]
-        caps[k] = best
+        place = partial(_between, caps[:k], caps[k + 1 :])
+        caps[k] = widest(place, caps[k], sites.full_bond_dims[k + 1])
     return _bonds(sites, caps)
+
+
+def _between(before: list[int], after: list[int], cap: int) -> list[int]:
+    return [*before, cap, *after]
 
 
 def _bonds(sites: SiteShape, caps: Sequence[int]) -> tuple[int, ...]:
