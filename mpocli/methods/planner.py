@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mpocli.errors import UsageError
 from mpocli.hf.targets import Weight
 from mpocli.methods.plan_by_error import smallest_within
+from mpocli.methods.side_by_side import side_by_side
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
 from mpocli.mpo.budget import Curve, allocate
@@ -18,6 +19,8 @@ Progress = Callable[[int, int, str], None]
 Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
 # Sizes, as parts of a matrix, at which the papers' shapes are tried.
 _PAPER_SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
+# Elements of a matrix or of its second moments, up to which several are worked on at a time: 128 MB of float64.
+_SIDE_BY_SIDE = 2**24
 # A fit is made where its curve says that it loses at most this many times what the SVD does: full sweeps gain on it.
 _WORTH_A_FIT = 1.15
 
@@ -50,6 +53,7 @@ class Planner:
     exact_bytes: Callable[[Shapes], int]
     progress: Progress | None = None
     _cases: list[_Case] = field(default_factory=list)
+    _whole: bool = False  # nothing has to be smaller
 
     def plan(self, weights: Sequence[Weight]) -> dict[str, Solution | str]:
         """The solution of every weight by name, or the reason to keep it dense.
@@ -59,14 +63,17 @@ class Planner:
         budget = self.shop.budget
         self._cases = [_Case(weight) for weight in weights]
         if budget.max_error is not None:
-            for case in self._each("fitting"):
-                found = smallest_within(self.shop, case.weight, budget.max_error)
-                case.solution, case.reason = (None, found) if isinstance(found, str) else (found, "")
+            self._for_all("fitting", self._bound)
         elif budget.allocation == "uniform":
             self._uniformly()
         else:
             self._globally()
         return {case.weight.name: case.solution or case.reason for case in self._cases}
+
+    def _bound(self, case: _Case) -> None:
+        assert self.shop.budget.max_error is not None
+        found = smallest_within(self.shop, case.weight, self.shop.budget.max_error)
+        case.solution, case.reason = (None, found) if isinstance(found, str) else (found, "")
 
     def _uniformly(self) -> None:
         """The same ratio for every matrix that can be judged, so that with the others it is the budget's."""
@@ -75,10 +82,9 @@ class Planner:
             case.reason = self.shop.norms.of(case.weight).unmeasured
         cases = self._open()
         ratio = self._left_for(cases) / max(1, sum(case.weight.dense_params for case in cases))
-        for case in self._each("fitting"):
-            if not case.reason:
-                case.params = int(ratio * case.weight.dense_params)
-                self._solve(case)
+        for case in cases:
+            case.params = int(ratio * case.weight.dense_params)
+        self._for_all("fitting", self._solve)
 
     def _open(self) -> list[_Case]:
         return [case for case in self._cases if not case.reason]
@@ -100,16 +106,13 @@ class Planner:
     # --- one budget for all -------------------------------------------------------------------------------------
 
     def _globally(self) -> None:
-        for case in self._each("measuring"):
-            self._draw(case)
+        self._for_all("measuring", self._draw)
         self._share()
         if self.shop.budget.shapes == "auto":
-            for case in self._each("trying shapes for"):
-                self._try_shapes(case)
+            self._for_all("trying shapes for", self._try_shapes)
             self._share()
-        for case in self._each("fitting"):
-            if not case.reason:
-                self._solve(case)
+        self._whole = all(case.stays_dense for case in self._open())
+        self._for_all("fitting", self._solve)
         self._fit_bytes()
         self._spend_rest()
 
@@ -135,13 +138,15 @@ class Planner:
 
     def _try_shapes(self, case: _Case) -> None:
         """Adds what the most promising chain of cores loses around the size that the SVD would be given."""
-        if case.reason or case.curve is None or case.stays_dense:
+        chains = self.shop.chains(case.weight)
+        if case.curve is None or case.stays_dense or not chains:
             return
         norm, subject = self.shop.subject(case.weight)
-        case.chain = subject.most_promising(self.shop.chains(case.weight), case.params)
+        scale = self.shop.scale(case.weight, norm, subject)
+        plain = case.curve.loss_within(case.params) / scale if scale else None
+        case.chain = subject.most_promising(chains, case.params, svd_loss=plain)
         if case.chain is None:
             return
-        scale = self.shop.scale(case.weight, norm, subject)
         case.around = [(size, scale * loss) for size, loss in subject.curve_around(case.chain, case.params)]
         case.curve = Curve.of([*case.curve.options, *case.around])
 
@@ -252,8 +257,8 @@ class Planner:
     def _solve(self, case: _Case) -> None:
         """Make the best form of at most `case.params` parameters."""
         if case.stays_dense:
-            whole = all(other.stays_dense for other in self._cases if not other.reason or other is case)
-            case.reason = "the budget leaves it whole" if whole else "any smaller form loses more here than elsewhere"
+            why = "the budget leaves it whole" if self._whole else "any smaller form loses more here than elsewhere"
+            case.reason = why
             return
         norm, subject = self.shop.subject(case.weight)
         if norm.unmeasured:
@@ -282,12 +287,16 @@ class Planner:
         expected = min((loss for size, loss in case.around if size <= case.params), default=case.around[0][1])
         return expected <= _WORTH_A_FIT * plain
 
-    def _each(self, what: str) -> Iterator[_Case]:
-        """The cases, each announced before it is worked on."""
-        for number, case in enumerate(self._cases):
+    def _for_all(self, what: str, do: Callable[[_Case], None]) -> None:
+        """`do` for every open case, announced."""
+        cases = self._open()
+        for number, case in enumerate(side_by_side(cases, do, alone=self._is_alone)):
             if self.progress is not None:
-                self.progress(number, len(self._cases), f"{what} {case.weight.name}")
-            yield case
+                self.progress(number, len(cases), f"{what} {case.weight.name}")
+
+    def _is_alone(self, case: _Case) -> bool:
+        elements = max(*(size**2 for size in case.weight.shape), case.weight.dense_params)
+        return self.shop.device.type != "cpu" or elements > _SIDE_BY_SIDE
 
 
 def _smallest(case: _Case) -> tuple[SiteShape, tuple[int, ...]]:

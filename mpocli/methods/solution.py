@@ -97,6 +97,10 @@ class Workshop:
             return ()
         if self.budget.shapes == "paper":
             return (papers(*weight.shape, self.sites),)
+        if weight.kind == "embedding":
+            # Rows of a vocabulary have no structure that digits of their number could find, and there are many: on
+            # real tables every chain lost more than the SVD, after longer than all other matrices together.
+            return ()
         return [candidate for candidate in all_of(*weight.shape) if candidate.name != "svd"]
 
     def stored_dtype(self, weight: Weight) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,11 @@ class Curve:
     def options(self) -> list[tuple[int, float]]:
         """(parameters, loss), smallest first."""
         return list(zip(self.params, self.losses, strict=True))
+
+    def loss_within(self, params: int) -> float:
+        """The smallest loss of at most so many parameters, infinite where every option has more."""
+        count = bisect.bisect_right(self.params, params)
+        return self.losses[count - 1] if count else math.inf
 
     def hull(self) -> list[int]:
         """Positions of the lower convex hull, smallest first: between them no option pays."""

@@ -29,7 +29,7 @@ _CLEARLY = 1.4
 # What the first core alone has left of what a whole sweep leaves, at most: beyond it not even the sweep is made.
 _FIRST_CORE = 2.5
 # Of the error, that one more sweep has to take off.
-_TOL = 1e-3
+_TOL = 5e-3
 # Sizes around the expected one at which a shape is tried, and above which part of the matrix none is.
 _AROUND = 1.7
 _LARGEST = 0.6
@@ -115,21 +115,27 @@ class Subject:
             self._fits[key] = self.fitted(candidate, bonds, sweeps, give_up=give_up)
         return self._fits[key]
 
-    def most_promising(self, candidates: Sequence[Candidate], params: int) -> Candidate | None:
+    def most_promising(
+        self, candidates: Sequence[Candidate], params: int, *, svd_loss: float | None = None
+    ) -> Candidate | None:
         """The chain of cores that loses least at this size after one sweep, None where the SVD loses far less.
 
-        Longer chains are tried only as long as they gain on shorter ones, and where those are not hopeless.
+        `svd_loss` is what the SVD of this size loses, where that is known. Longer chains are tried only as long as they
+        gain on shorter ones, and where those are not hopeless.
         """
-        if params > _LARGEST * self.dense:
+        if not candidates or params > _LARGEST * self.dense:
             return None
-        plain = self.svd_within(params)
-        limit = _HOPELESS * plain.loss if plain else math.inf
+        if svd_loss is None:
+            plain = self.svd_within(params)
+            svd_loss = plain.loss if plain else math.inf
+        limit = _HOPELESS * svd_loss
         best: tuple[float, Candidate] | None = None
         chain: float | None = None  # what the longest chain so far loses
         for candidate in candidates:
             if chain is not None and candidate.sites.sites > 3 and best is not None and chain > best[0]:
                 break
-            found = self.fitted_within(candidate, params, 1, give_up=_FIRST_CORE * limit)
+            give_up = _FIRST_CORE * min(limit, best[0] if best else math.inf)
+            found = self.fitted_within(candidate, params, 1, give_up=give_up)
             if found is None:
                 continue
             if candidate.sites.sites > 2:

@@ -44,7 +44,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "arms": ("dense", "dense experts", "MPOE"),
     },
 }
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 SEEDS = (1, 2)
 EXPERTS = 8
 START: dict[str, tuple[str, ...]] = {

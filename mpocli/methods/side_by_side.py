@@ -1,0 +1,50 @@
+"""Work on many matrices, several at a time and each on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+# At a time: each holds its matrix, what goes in and what comes out in double precision.
+_MOST = 4
+
+
+def side_by_side(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Callable[[Job], bool]) -> Iterator[Job]:
+    """Do all jobs, and give each of them back before it is waited for, those that run `alone` first.
+
+    Factorisations of a few hundred rows gain nothing from a second thread, and one after another they leave all cores
+    but one idle. With one thread each, what comes out does not depend on how many threads there are either. Jobs that
+    are alone have all threads; take those that would not fit in memory side by side, or that a GPU works on. The first
+    error ends it: jobs that have begun are waited for, others are not begun.
+    """
+    for job in filter(alone, jobs):
+        yield job
+        do(job)
+    rest = [job for job in jobs if not alone(job)]
+    workers = min(torch.get_num_threads(), _MOST, len(rest))
+    if workers < 1:
+        return
+    with _threads(1), ThreadPoolExecutor(workers) as pool:
+        waiting = [(job, pool.submit(do, job)) for job in rest]
+        try:
+            for job, result in waiting:
+                yield job
+                result.result()
+        finally:  # the caller may have stopped too
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Of every operation that begins now, in threads that begin now too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
