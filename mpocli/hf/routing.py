@@ -17,6 +17,8 @@ from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions, Shared, a
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DEFAULT_MASK = 0.5
+
 
 @dataclass(frozen=True)
 class RoutingConfig:
@@ -27,7 +29,7 @@ class RoutingConfig:
     """
 
     router: RouterOptions
-    mask_prob: float = 0.5
+    mask_prob: float = DEFAULT_MASK
     mask_elements: bool = False
 
     def to_dict(self) -> dict[str, Any]:

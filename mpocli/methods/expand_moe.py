@@ -32,17 +32,19 @@ from mpocli.nn.experts import Place
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_ROLES = ("ffn",)
+DEFAULT_SITES = 5
 
 
 @dataclass(frozen=True)
 class ExpandConfig:
     """Options of `mpocli expand-moe`. `share` None stands for dense experts (the baseline); `trunc` caps the bonds,
-    None is lossless; `noise` breaks the symmetry of the experts, relative to a core's root mean square."""
+    None is lossless; `sites` None is 5; `noise` breaks the symmetry of the experts, relative to a core's root mean
+    square."""
 
     experts: int = 8
     share: Literal["central", "none"] | None = "central"
     routing: RoutingConfig = field(default_factory=lambda: RoutingConfig(RouterOptions()))
-    sites: int = 5
+    sites: int | None = None
     trunc: int | None = None
     shapes: tuple[tuple[str, SiteShape], ...] = ()
     noise: float = 0.0
@@ -146,6 +148,7 @@ def run(
                 target_option="--shape",
             )
             raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
+    _check_touched(config, found)
     worker = _Expander(checkpoint, config, found, progress)
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
         worker.write(writer)
@@ -179,6 +182,24 @@ def run(
         router_params=router_params,
         dense_experts_params=totals.params + dense - router_params,
     )
+
+
+def _check_touched(config: ExpandConfig, found: list[Network]) -> None:
+    """`UsageError` for options of a decomposition where nothing is decomposed any more."""
+    weights = [weight for network in found for weight in network.weights]
+    for option, value, touched in (
+        ("--trunc", config.trunc, weights),
+        ("--sites", config.sites, weights),
+        *(
+            (f"--shape {glob}", shape, [weight for weight in weights if fnmatchcase(weight.name, glob)])
+            for glob, shape in config.shapes
+        ),
+    ):
+        if value is not None and all(weight.entry is not None for weight in touched):
+            raise UsageError(
+                f"{option}: what it is for is decomposed already, and its cores become the experts' as they are",
+                hint="leave it out, or run mpocli merge first",
+            )
 
 
 class _Expander:
@@ -287,7 +308,7 @@ class _Expander:
             if fnmatchcase(weight.name, glob):
                 sites.check_fits(weight.shape, weight.name)
                 return sites
-        return site_shape(*weight.shape, self.config.sites)
+        return site_shape(*weight.shape, self.config.sites or DEFAULT_SITES)
 
     def entries(self) -> Iterator[ModuleEntry]:
         """Manifest entries of the output, in the model's order."""

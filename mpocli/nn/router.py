@@ -33,19 +33,23 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in ("switch", "topk"):
-            raise InputError(f"router {self.kind!r}", hint="switch or topk")
+            raise InputError(f"kind {self.kind!r}: no such router", hint="switch or topk")
         if self.top_k < 1 or (self.kind == "switch" and self.top_k > 1):
-            raise InputError(f"a {self.kind} router with {self.top_k} experts a token", hint="topk takes 1 or more")
+            raise InputError(
+                f"top_k {self.top_k}: experts a token of a {self.kind} router", hint="topk takes 1 or more"
+            )
         if self.scale_by_prob and self.top_k > 1:
             raise InputError(
-                f"scale_by_prob with {self.top_k} experts a token", hint="it is for one; the gates of several sum to 1"
+                f"scale_by_prob with top_k {self.top_k}: it is for one expert a token",
+                hint="the gates of several sum to 1",
             )
         if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise InputError(f"capacity factor {self.capacity_factor}", hint="above 0, or none to drop no token")
+            raise InputError(f"capacity_factor {self.capacity_factor}", hint="above 0, or none to drop no token")
         if not 0 <= self.jitter < 1:
-            raise InputError(f"router jitter {self.jitter}", hint="at least 0, less than 1")
-        if min(self.balance_loss, self.z_loss) < 0:
-            raise InputError(f"balance loss {self.balance_loss}, z-loss {self.z_loss}", hint="at least 0")
+            raise InputError(f"jitter {self.jitter}", hint="at least 0, less than 1")
+        for name in ("balance_loss", "z_loss"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)}", hint="at least 0")
 
 
 @dataclass(frozen=True, eq=False)

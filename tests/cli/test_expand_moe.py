@@ -220,6 +220,14 @@ def test_a_decomposed_network_lends_its_cores_bit_for_bit(share: str, expand: Ru
     assert apart(bert_mpo, work / "out") <= 1e-5
 
 
+@pytest.mark.parametrize("given", [["--trunc", 4], ["--sites", 3], ["--shape", "*.intermediate.dense=8,6x8,6"]])
+def test_what_would_not_touch_a_decomposed_network_is_refused(
+    given: list[object], cli: Cli, bert_mpo: Path, work: Path
+) -> None:
+    refused(cli("expand-moe", bert_mpo, "--experts", 3, "-o", "out", *given), 2, str(given[0]), "decomposed already")
+    assert tree(work) == {}
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_routers(expand: Run, bert: Path, work: Path) -> None:
     for out, seed in (("one", 3), ("two", 3), ("three", 4), ("large", 2**62)):
         expand(bert, out, "--seed", seed)
@@ -250,17 +258,20 @@ REFUSED = [
     ("top-k", ["--router", "topk", "--top-k", 4], 2, ["--top-k 4", "--experts 3"]),
     ("switch-k", ["--top-k", 2], 2, ["switch", "2"]),
     ("experts", ["--experts", 0], 2, ["--experts"]),
-    ("capacity", ["--capacity-factor", 0], 2, ["capacity factor 0"]),
+    ("capacity", ["--capacity-factor", 0], 2, ["--capacity-factor 0"]),
     ("capacity-nan", ["--capacity-factor", "nan"], 2, ["--capacity-factor"]),
     ("mask", ["--mask-prob", 2], 2, ["--mask-prob", "2"]),
     ("mask-negative", ["--mask-prob", -0.1], 2, ["--mask-prob"]),
     ("share", ["--share", "all"], 2, ["--share", "all", "central"]),
     ("router", ["--router", "hash"], 2, ["--router", "hash", "switch"]),
     ("noise", ["--noise", -1], 2, ["--noise"]),
-    ("jitter", ["--jitter", 1], 2, ["jitter 1"]),
-    ("balance", ["--balance-loss", -1], 2, ["balance loss -1"]),
-    ("scale", ["--router", "topk", "--scale-by-prob"], 2, ["scale_by_prob", "2 experts"]),
+    ("jitter", ["--jitter", 1], 2, ["--jitter 1"]),
+    ("balance", ["--balance-loss", -1], 2, ["--balance-loss -1"]),
+    ("scale", ["--router", "topk", "--scale-by-prob"], 2, ["--scale-by-prob", "--top-k 2"]),
     ("baseline", ["--baseline-moe", "--trunc", 3], 2, ["--baseline-moe", "--trunc"]),
+    ("baseline-sites", ["--baseline-moe", "--sites", 3], 2, ["--baseline-moe", "--sites"]),
+    ("baseline-mask", ["--baseline-moe", "--mask-prob", 0.5], 2, ["--mask-prob", "--baseline-moe"]),
+    ("unshared-mask", ["--share", "none", "--mask-elements"], 2, ["--mask-elements", "--share none"]),
     ("sites", ["--sites", 0], 2, ["--sites"]),
     ("shape", ["--shape", "*.nothing=8,6x8,6"], 3, ["--shape", "*.nothing"]),
     ("shape-kept", ["--shape", "*.query=8,6x8,6"], 3, ["--shape", "*.query"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,7 +47,9 @@ def command(
         list[str] | None,
         typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHAT),
     ] = None,
-    sites: Annotated[int, typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHAT)] = 5,
+    sites: Annotated[
+        int | None, typer.Option("--sites", metavar="N", help="Cores per matrix. Default: 5.", rich_help_panel=WHAT)
+    ] = None,
     trunc: Annotated[
         int | None,
         typer.Option("--trunc", metavar="N", help="Cap on the bonds. Default: lossless.", rich_help_panel=WHAT),
@@ -80,11 +84,14 @@ def command(
         float, typer.Option("--jitter", metavar="X", help="Router inputs × 1 ± X in training.", rich_help_panel=ROUTER)
     ] = 0.0,
     mask_prob: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--mask-prob", metavar="P", help="Discard a shared core's update; 1 freezes.", rich_help_panel=TRAINING
+            "--mask-prob",
+            metavar="P",
+            help="Discard a shared core's update; 1 freezes. Default: 0.5.",
+            rich_help_panel=TRAINING,
         ),
-    ] = 0.5,
+    ] = None,
     mask_elements: Annotated[
         bool, typer.Option("--mask-elements", help="Draw for every element.", rich_help_panel=TRAINING)
     ] = False,
@@ -117,8 +124,10 @@ def command(
     one_of("--router", router, ("switch", "topk"))
     for option, number in (("--experts", experts), ("--top-k", top_k), ("--trunc", trunc)):
         at_least(option, number, 1)
-    check_sites(sites)
-    check_share("--mask-prob", mask_prob)
+    if sites is not None:
+        check_sites(sites)
+    if mask_prob is not None:
+        check_share("--mask-prob", mask_prob)
     check_finite("--noise", noise)
     at_least("--noise", noise, 0)
     routing = _routing(
@@ -132,8 +141,17 @@ def command(
         scale_by_prob=scale_by_prob,
         mask_elements=mask_elements,
     )
-    if baseline_moe and (share != "central" or trunc is not None or shape):
-        raise UsageError("--baseline-moe has dense experts: no --share, --trunc or --shape", hint="leave these out")
+    unwanted = share != "central" or trunc is not None or sites is not None or shape
+    if baseline_moe and unwanted:
+        raise UsageError(
+            "--baseline-moe has dense experts: no --share, --sites, --trunc or --shape", hint="leave these out"
+        )
+    if (baseline_moe or share == "none") and (mask_prob is not None or mask_elements):
+        option, why = (
+            "--mask-elements" if mask_elements else "--mask-prob",
+            "--baseline-moe" if baseline_moe else "--share none",
+        )
+        raise UsageError(f"{option} masks updates of a shared core, and with {why} there is none", hint="leave it out")
 
     from mpocli.cli import render
     from mpocli.hf import quiet
@@ -173,13 +191,13 @@ def _routing(
     jitter: float,
     balance_loss: float,
     z_loss: float,
-    mask_prob: float,
+    mask_prob: float | None,
     *,
     scale_by_prob: bool,
     mask_elements: bool,
 ) -> RoutingConfig:
     """The object that the methods take; `UsageError` for values that cannot be meant."""
-    from mpocli.hf.routing import RoutingConfig
+    from mpocli.hf.routing import DEFAULT_MASK, RoutingConfig
     from mpocli.nn import RouterOptions
 
     for option, value in (("--capacity-factor", capacity_factor), ("--jitter", jitter), ("--z-loss", z_loss)):
@@ -196,8 +214,12 @@ def _routing(
             z_loss=z_loss,
         )
     except InputError as error:
-        raise UsageError(error.message, hint=error.hint) from error
-    return RoutingConfig(options_, mask_prob, mask_elements)
+        message = error.message
+        for field in fields(RouterOptions):
+            name = "router" if field.name == "kind" else field.name.replace("_", "-")
+            message = re.sub(rf"\b{field.name}\b", f"--{name}", message)
+        raise UsageError(message, hint=error.hint) from error
+    return RoutingConfig(options_, DEFAULT_MASK if mask_prob is None else mask_prob, mask_elements)
 
 
 def _show(report: ExpandReport) -> None:
@@ -227,11 +249,13 @@ def _show(report: ExpandReport) -> None:
     render.show(table)
     totals = render.table("", "parameters", "weight files")
     totals.add_row("before", f"{report.before.params:,}", render.size(report.before.bytes))
-    totals.add_row(f"{report.experts} experts", f"{report.totals.params:,}", render.size(report.totals.bytes))
+    number = f"{report.experts} expert" + "s" * (report.experts > 1)
+    totals.add_row(number, f"{report.totals.params:,}", render.size(report.totals.bytes))
     if report.share != "dense":
-        totals.add_row(f"{report.experts} dense experts", f"{report.dense_experts_params:,}", "", style="dim")
+        totals.add_row(number.replace("expert", "dense expert"), f"{report.dense_experts_params:,}", "", style="dim")
     render.show(totals)
-    render.out.print(f"{report.networks} networks, routers with {report.router_params:,} parameters")
+    networks = f"{report.networks} network" + "s" * (report.networks > 1)
+    render.out.print(f"{networks}, routers with {report.router_params:,} parameters")
     for line in render.notes(report.kept):
         render.out.print(line, style="dim", markup=False)
     render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)

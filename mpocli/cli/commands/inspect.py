@@ -114,8 +114,19 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
 def _roles(report: InspectReport) -> Any:
     from mpocli.cli import render
 
+    experts = any(view.experts for view in report.modules)
     columns = ("sparsity",) if report.sparsity is not None else ()
-    table = render.table("role", "as MPO", "parameters", "ratio", "central", "auxiliary", "err", *columns, "bytes")
+    table = render.table(
+        "role",
+        "changed" if experts else "as MPO",
+        "parameters",
+        "ratio",
+        "central",
+        "auxiliary",
+        "err",
+        *columns,
+        "bytes",
+    )
     for role, views in render.by_role(report.modules):
         made = [view for view in views if view.action != "kept"]
         known = [view.relative_error for view in made if view.relative_error is not None]
