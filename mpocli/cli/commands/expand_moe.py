@@ -227,7 +227,7 @@ def _show(report: ExpandReport) -> None:
     from mpocli.cli import render
 
     table = render.table(
-        "matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense experts", "err"
+        "matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense", "err"
     )
     groups: dict[tuple[object, ...], list[ExpertsReport]] = {}
     for module in report.modules:
