@@ -226,9 +226,7 @@ def _show(report: ExpandReport) -> None:
     """What the experts have in common and of their own, and the size of the model beside n dense experts."""
     from mpocli.cli import render
 
-    table = render.table(
-        "matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense", "err"
-    )
+    table = render.table("matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense", "err")
     groups: dict[tuple[object, ...], list[ExpertsReport]] = {}
     for module in report.modules:
         key = (module.place, module.shape, module.shared_params, module.own_params)
