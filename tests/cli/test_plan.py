@@ -174,6 +174,20 @@ def test_the_same_seed_gives_the_same_bytes(run: Plan, deep: Path, lab: Path, wo
     assert (work / "out" / "model.safetensors").read_bytes() != first
 
 
+def test_the_number_of_threads_changes_nothing(run: Plan, deep: Path, work: Path) -> None:
+    """Matrices are worked on side by side, each on one thread, however many there are."""
+    before, files = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            run("decompose", deep / "gpt2", *BLOCKS, "--ratio", 0.2, "--sweeps", 2)
+            assert torch.get_num_threads() == threads
+            files.append((work / "out" / "model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert files[0] == files[1] == files[2]
+
+
 def test_a_tied_embedding_is_planned_once(run: Plan, deep: Path, lab: Path, work: Path) -> None:
     report = run("decompose", deep / "gpt2", "--layers", "embedding", "--ratio", 0.5, *text(lab))
     table = next(module for module in chosen(report) if module["role"] == "embedding")
