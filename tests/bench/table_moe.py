@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from losses import e2e_loss
 from runs import mpocli, options, spread
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "e2e": {
         "how": ("--task", "e2e", "--max-length", 64, "--batch-size", 16),
-        "steps": 400,
+        "steps": 300,
         "train": "trainset.csv",
         "eval": "devset.csv",
         "test": "testset_w_refs.csv",
@@ -88,6 +89,8 @@ class Table:
             *("-o", self.work / name, "--overwrite"),
             threads=self.options.threads,
         )
+        if self.options.task == "e2e" and not tune:
+            report["test_metrics"]["loss"] = e2e_loss(self.work / name, self.options.model, self.data / task["test"])
         report["minutes"] = (time.time() - began) / 60
         record.write_text(json.dumps(report))
         print(f"{time.strftime('%H:%M:%S')} {name}: {report['metrics']} {report.get('test_metrics')}", flush=True)
@@ -108,13 +111,19 @@ class Table:
             runs = {arm: [whole[arm, seed].result() for seed in SEEDS] for arm in arms}
         before = runs["dense"][0]["metrics_before"][metric]
         plain = sum(run["step_seconds"] for run in runs["dense"]) / len(runs["dense"])
-        print(f"\nbefore: {metric} {before:.3f} on the development data")
-        print(f"\n| | {metric}, test | rate | parameters | weight files | time |\n|---|---:|---:|---:|---:|---:|")
+        print(f"\nbefore: {metric} {before:.3f} on the first eighth of the development data")
+        loss = self.options.task == "e2e"
+        print(
+            f"\n| | {metric}, test |{' loss, test |' if loss else ''} rate | parameters | weight files | time |\n|---|"
+            + "---:|" * (6 if loss else 5)
+        )
         for arm, found in runs.items():
             totals = found[0]["totals"]
             seconds = sum(run["step_seconds"] for run in found) / len(found)
             print(
-                f"| {arm} | {spread([run['test_metrics'][metric] for run in found])} | {best[arm]:g} | "
+                f"| {arm} | {spread([run['test_metrics'][metric] for run in found])} | "
+                + (f"{spread([run['test_metrics']['loss'] for run in found])} | " if loss else "")
+                + f"{best[arm]:g} | "
                 f"{totals['params']:,} | {totals['bytes'] / 1e6:.1f} MB | {seconds / plain:.2f}× |"
             )
         for (arm, rate), report in tuned.items():

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from losses import e2e_loss
 from runs import mpocli, parser
 from scipy.stats import spearmanr
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mpocli as _plugin  # noqa: F401 (so that from_pretrained knows the format)
 
@@ -89,22 +90,8 @@ def minilm(model_dir: Path, source: Path, data: Path) -> dict[str, float]:
     return {"cosine": float(cosine), "Spearman": float(spearmanr((after[0] * after[1]).sum(-1), scores).statistic)}
 
 
-@torch.no_grad()
 def t5(model_dir: Path, source: Path, data: Path) -> dict[str, float]:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).eval()
-    with (data / "e2e" / "devset.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    total, count = 0.0, 0
-    for start in range(0, len(rows), 32):
-        part = rows[start : start + 32]
-        batch = tokenizer([row["mr"] for row in part], return_tensors="pt", padding=True)
-        labels = tokenizer([row["ref"] for row in part], return_tensors="pt", padding=True)["input_ids"]
-        labels[labels == tokenizer.pad_token_id] = -100
-        tokens = int((labels != -100).sum())
-        total += float(model(**batch, labels=labels).loss) * tokens
-        count += tokens
-    return {"loss": total / count}
+    return {"loss": e2e_loss(model_dir, source, data / "e2e" / "devset.csv")}
 
 
 MEASURES = {"gpt2": gpt2, "minilm": minilm, "t5": t5}
