@@ -206,7 +206,10 @@ def test_two_processes_draw_equal_masks_and_end_with_equal_weights(
     )
     assert done.returncode == 0, done.stderr
     assert (work / "rank-0").read_text() == (work / "rank-1").read_text()
-    succeeded(cli("finetune", tmp_path / "moe", *options, "--batch-size", 8, "-o", "one"))
+    alone = succeeded(cli("finetune", tmp_path / "moe", *options, "--batch-size", 8, "-o", "one")).json
+    (seen,) = json.loads((work / "two" / "mpo.json").read_text())["history"][-1]["routers"].values()
+    (whole,) = alone["routers"].values()
+    assert seen["tokens"] == whole["tokens"] and seen["load"] == pytest.approx(whole["load"], abs=0.02)
     one, two = weights(work / "one"), weights(work / "two")
     for name in one:
         if not name.endswith("key.bias"):  # whose gradient is rounding
