@@ -37,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "e2e": {
         "how": ("--task", "e2e", "--max-length", 64, "--batch-size", 16),
-        "steps": 300,
+        "steps": 200,
         "train": "trainset.csv",
         "eval": "devset.csv",
         "test": "testset_w_refs.csv",
