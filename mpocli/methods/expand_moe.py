@@ -149,6 +149,7 @@ def run(
             )
             raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
     _check_touched(config, found)
+    config = _with_one_routing(checkpoint, config)
     worker = _Expander(checkpoint, config, found, progress)
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
         worker.write(writer)
@@ -200,6 +201,24 @@ def _check_touched(config: ExpandConfig, found: list[Network]) -> None:
                 f"{option}: what it is for is decomposed already, and its cores become the experts' as they are",
                 hint="leave it out, or run mpocli merge first",
             )
+
+
+def _with_one_routing(checkpoint: Checkpoint, config: ExpandConfig) -> ExpandConfig:
+    """Routing is the model's: `UsageError` where networks that are experts already would be routed otherwise."""
+    stored = checkpoint.routing
+    if not stored:
+        return config
+    if config.share != "central":  # the mask is of others' shared cores
+        masks = {name: stored[name] for name in ("mask_prob", "mask_elements")}
+        config = replace(config, routing=replace(config.routing, **masks))
+    for name, value in config.routing.to_dict().items():
+        if stored.get(name) != value:
+            raise UsageError(
+                f"{name} {value}: the experts that the model has already have {stored.get(name)}, and one model routes "
+                "in one way",
+                hint="give the options that they were made with",
+            )
+    return config
 
 
 class _Expander:

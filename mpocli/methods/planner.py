@@ -19,8 +19,8 @@ Progress = Callable[[int, int, str], None]
 Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
 # Sizes, as parts of a matrix, at which the papers' shapes are tried.
 _PAPER_SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
-# Elements of a matrix or of its second moments, up to which several are worked on at a time: 128 MB of float64.
-_SIDE_BY_SIDE = 2**24
+# Elements of a matrix or of its second moments, up to which several are worked on at a time: 80 MB of float64.
+_SIDE_BY_SIDE = 10**7
 # A fit is made where its curve says that it loses at most this many times what the SVD does: full sweeps gain on it.
 _WORTH_A_FIT = 1.15
 
@@ -80,11 +80,22 @@ class Planner:
         assert self.shop.budget.ratio is not None
         for case in self._cases:
             case.reason = self.shop.norms.of(case.weight).unmeasured
-        cases = self._open()
-        ratio = self._left_for(cases) / max(1, sum(case.weight.dense_params for case in cases))
-        for case in cases:
-            case.params = int(ratio * case.weight.dense_params)
+        while True:
+            cases = self._open()
+            ratio = self._left_for(cases) / max(1, sum(case.weight.dense_params for case in cases))
+            for case in cases:
+                case.params = int(ratio * case.weight.dense_params)
+                if case.params < self._least(case):
+                    case.reason = f"no form of {case.params:,} parameters"
+            if all(not case.reason for case in cases):
+                break
         self._for_all("fitting", self._solve)
+
+    def _least(self, case: _Case) -> int:
+        """Parameters of the smallest form that the budget allows."""
+        forms = [chain.sites for chain in self.shop.chains(case.weight)]
+        forms += [svd(*case.weight.shape).sites] if self.shop.budget.shapes != "paper" else []
+        return min(sites.num_params(sites.capped_bond_dims(1)) for sites in forms)
 
     def _open(self) -> list[_Case]:
         return [case for case in self._cases if not case.reason]
@@ -194,9 +205,7 @@ class Planner:
             if params < sum(case.curve.params[0] for case in cases if case.curve):
                 self._refuse_bytes(cases)
             self._give(cases, params)
-            for case in cases:
-                if case.params != before[case.weight.name]:
-                    self._solve(case)
+            self._for_all("fitting", self._solve, [case for case in cases if case.params != before[case.weight.name]])
 
     def _solved(self) -> Shapes:
         return {case.weight.name: (case.solution.sites, case.solution.bonds) for case in self._cases if case.solution}
@@ -214,7 +223,8 @@ class Planner:
         found = {}
         for case in cases:
             if not case.stays_dense:
-                forms = [svd(*case.weight.shape).sites, *([case.chain.sites] if case.chain else [])]
+                chain = [case.chain.sites] if case.chain else []
+                forms = chain if self.shop.budget.shapes == "paper" else [svd(*case.weight.shape).sites, *chain]
                 able = [sites for sites in forms if sites.num_params(sites.capped_bond_dims(1)) <= case.params]
                 shapes = [(sites, bonds_within(sites, case.params)) for sites in able]
                 # Which of them it will be is not known yet: the larger one.
@@ -230,9 +240,7 @@ class Planner:
         else:
             assert budget.max_bytes is not None
             room = budget.max_bytes - self.exact_bytes(self._solved())
-            # A wider bond may take one more digit in each of two shapes of a header, which is padded to 8 bytes.
-            largest = max((self.shop.stored_dtype(case.weight).itemsize for case in self._cases), default=1)
-            left = (room - 8 - 2 * len(self._cases)) // largest
+            left = room // self._largest_itemsize
         cases = [case for case in self._cases if case.solution is not None and case.solution.name == "svd"]
         curves = []
         for case in cases:
@@ -247,10 +255,29 @@ class Planner:
         if not curves or left <= 0:
             return
         given = allocate(curves, left + sum(curve.params[0] for curve in curves))
+        while budget.max_bytes is not None and (over := self._bytes_with(cases, curves, given) - budget.max_bytes) > 0:
+            # Wider bonds and later offsets may take more digits in the files' headers.
+            left -= -(-over // self._largest_itemsize)
+            if left <= 0:
+                return
+            given = allocate(curves, left + sum(curve.params[0] for curve in curves))
+        wider = [case for case, option in zip(cases, given, strict=True) if option]
         for case, curve, option in zip(cases, curves, given, strict=True):
             if option:
                 case.params, case.chain = curve.params[option], None
-                self._solve(case)
+        self._for_all("widening", self._solve, wider)
+
+    def _bytes_with(self, cases: Sequence[_Case], curves: Sequence[Curve], given: Sequence[int]) -> int:
+        """Of the weight files, when these SVDs get these options of theirs."""
+        shapes = self._solved()
+        for case, curve, option in zip(cases, curves, given, strict=True):
+            sites = svd(*case.weight.shape).sites
+            shapes[case.weight.name] = sites, bonds_within(sites, curve.params[option])
+        return self.exact_bytes(shapes)
+
+    @property
+    def _largest_itemsize(self) -> int:
+        return max((self.shop.stored_dtype(case.weight).itemsize for case in self._cases), default=1)
 
     # --- cores --------------------------------------------------------------------------------------------------
 
@@ -287,9 +314,9 @@ class Planner:
         expected = min((loss for size, loss in case.around if size <= case.params), default=case.around[0][1])
         return expected <= _WORTH_A_FIT * plain
 
-    def _for_all(self, what: str, do: Callable[[_Case], None]) -> None:
-        """`do` for every open case, announced."""
-        cases = self._open()
+    def _for_all(self, what: str, do: Callable[[_Case], None], cases: Sequence[_Case] | None = None) -> None:
+        """`do` for every open case, or for these, announced."""
+        cases = self._open() if cases is None else cases
         for number, case in enumerate(side_by_side(cases, do, alone=self._is_alone)):
             if self.progress is not None:
                 self.progress(number, len(cases), f"{what} {case.weight.name}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import TypeVar
 
 import torch
 
 Job = TypeVar("Job")
-# At a time: each holds its matrix, what goes in and what comes out in double precision.
+# At a time: each holds some ten matrices of its size or its second moments' in double precision.
 _MOST = 4
 
 
@@ -19,8 +20,8 @@ def side_by_side(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Calla
 
     Factorisations of a few hundred rows gain nothing from a second thread, and one after another they leave all cores
     but one idle. With one thread each, what comes out does not depend on how many threads there are either. Jobs that
-    are alone have all threads; take those that would not fit in memory side by side, or that a GPU works on. The first
-    error ends it: jobs that have begun are waited for, others are not begun.
+    are alone have all threads; take those that would not fit in memory side by side, or that a GPU works on. An error
+    or a caller that stops ends it: jobs that have begun are waited for, others are not begun.
     """
     for job in filter(alone, jobs):
         yield job
@@ -29,14 +30,24 @@ def side_by_side(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Calla
     workers = min(torch.get_num_threads(), _MOST, len(rest))
     if workers < 1:
         return
-    with _threads(1), ThreadPoolExecutor(workers) as pool:
-        waiting = [(job, pool.submit(do, job)) for job in rest]
+    stopped = Event()
+
+    def done(job: Job) -> None:
+        if stopped.is_set():
+            return
         try:
-            for job, result in waiting:
+            do(job)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with _threads(1), ThreadPoolExecutor(workers) as pool:
+        try:
+            for job, result in [(job, pool.submit(done, job)) for job in rest]:
                 yield job
                 result.result()
-        finally:  # the caller may have stopped too
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            stopped.set()
 
 
 @contextmanager

@@ -18,8 +18,11 @@ from mpocli.methods.norms import Norm, Norms
 from mpocli.mpo import MPO, SiteShape
 from mpocli.mpo.candidates import Candidate, all_of, papers
 from mpocli.mpo.fitting import Fitted, Subject
-from mpocli.mpo.linalg import cast, check_finite
+from mpocli.mpo.linalg import cast, check_finite, working_dtype
 from mpocli.mpo.weighted import weighted_square
+
+# Rows of a table, above which no chains are tried.
+_VOCABULARY = 8192
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Workshop:
         return norm, self._in(norm, matrix)
 
     def _in(self, norm: Norm, matrix: Tensor) -> Subject:
-        gram = norm.gram.to(self.device) if norm.gram is not None else None
-        output = norm.output.to(self.device) if norm.output is not None else None
-        return Subject(matrix, gram, output)
+        return Subject(matrix, self._moved(norm.gram), self._moved(norm.output))
+
+    def _moved(self, square: Tensor | None) -> Tensor | None:
+        return None if square is None else square.to(self.device, working_dtype(self.device))
 
     def scale(self, weight: Weight, norm: Norm, subject: Subject) -> float:
         """Turns a squared error into what is added up: a share of the loss, or of what the matrix puts out."""
@@ -97,9 +101,9 @@ class Workshop:
             return ()
         if self.budget.shapes == "paper":
             return (papers(*weight.shape, self.sites),)
-        if weight.kind == "embedding":
-            # Rows of a vocabulary have no structure that digits of their number could find, and there are many: on
-            # real tables every chain lost more than the SVD, after longer than all other matrices together.
+        if weight.kind == "embedding" and weight.shape[0] > _VOCABULARY:
+            # The order of a vocabulary has no structure that digits of its numbers could find: on real tables every
+            # chain lost more than the SVD, after longer than all other matrices together.
             return ()
         return [candidate for candidate in all_of(*weight.shape) if candidate.name != "svd"]
 
@@ -115,7 +119,7 @@ class Workshop:
         difference = subject.wide - stored.to(dtype=subject.wide.dtype).to_matrix()
         path = self.folder / f"{name}.safetensors"
         save_file({f"core_{k}": core.cpu().contiguous() for k, core in enumerate(cores)}, path)
-        gram = norm.input_gram.to(self.device) if norm.input_gram is not None else None
+        gram = self._moved(norm.input_gram)
         return Solution(
             name=made.candidate.name,
             sites=made.mpo.site_shape,

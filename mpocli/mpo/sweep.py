@@ -21,14 +21,16 @@ from mpocli.mpo.preconditioner import Solver, by_factors, by_inputs
 # so many products with the weights: to solve them, and to precondition others with them. Else the factors of a
 # Kronecker product stand for them.
 DIRECT_UNKNOWNS = 1536
-_TO_SOLVE, _TO_PRECONDITION = 8, 2
-_CG_STEPS = 6
-_CG_TOL = 1e-3  # of the squared residual in the preconditioner's norm: the other cores are not final either
+_TO_SOLVE, _TO_PRECONDITION = 32, 2
+# Steps of conjugate gradients at most, and what they leave of the squared residual in the preconditioner's norm: not
+# less, since the other cores are not final either. Inputs alone have outliers, and nothing but these steps for them.
+_STEPS, _TOL = 6, 1e-3
+_STEPS_BY_INPUTS, _TOL_BY_INPUTS = 32, 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """An MPO after its sweeps. `errors` are tr((W−Ŵ) G (W−Ŵ)ᵀ) at the start and after every sweep."""
+    """An MPO after its sweeps. `errors` are tr(H (W−Ŵ) G (W−Ŵ)ᵀ) at the start and after every sweep."""
 
     mpo: MPO
     errors: tuple[float, ...]
@@ -55,7 +57,9 @@ def fit(
     taken.
 
     W is (O, I), G (I, I), H (O, O), None the identity, all without padding, which is fitted to zero and not counted;
-    computes in float64 and keeps the bond dimensions. Raises `NumericsError` where the equations cannot be solved.
+    keeps the bond dimensions. Cores, equations and errors are float64, products inside conjugate gradients float32: G
+    and H that are both nearly singular need `gram.regularised` first. Raises `NumericsError` where the equations cannot
+    be solved.
     """
     problem = _Problem.of(matrix, start, gram, output)
     centred = canonicalize(start, 0)
@@ -191,12 +195,13 @@ class _Problem:
         if self._residual is None:
             self.error(cores)
         assert self._residual is not None
+        steps, tol = (_STEPS, _TOL) if self.output is not None else (_STEPS_BY_INPUTS, _TOL_BY_INPUTS)
         x = cores[k]
         residual = environment.pull(self._residual).to(wide)
         rest = direction = precondition(residual)
         norm = first = float((residual * rest).sum())
-        for _ in range(_CG_STEPS):
-            if not norm > _CG_TOL * first or not math.isfinite(norm):
+        for _ in range(steps):
+            if not norm > tol * first or not math.isfinite(norm):
                 break
             product = _times(self._output32, environment.push(direction.float()), self._gram32)
             applied = environment.pull(product).to(wide)

@@ -26,7 +26,8 @@ class TrainingStatistics(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         for name, values in saved.items():
-            self.counted[name] = _restored(values)
+            # On the device: what is not added to any more is still summed over the processes.
+            self.counted[name] = _restored(values, self.routers[name].weight.device)
         if not _is_first():  # what was counted before is in the first one's sums
             self._forget()
 
@@ -76,10 +77,10 @@ def _is_first() -> bool:
     return not _are_several() or distributed.get_rank() == 0
 
 
-def _restored(values: Mapping[str, Any]) -> Statistics:
+def _restored(values: Mapping[str, Any], device: torch.device) -> Statistics:
     """Out of a checkpoint: the sum of the entropies is the one number that is no count."""
     made: dict[str, Tensor] = {
-        key: torch.tensor(value, dtype=torch.float32 if key == "entropy" else torch.int64)
+        key: torch.tensor(value, dtype=torch.float32 if key == "entropy" else torch.int64, device=device)
         for key, value in values.items()
     }
     return Statistics(**made)

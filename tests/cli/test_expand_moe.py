@@ -220,6 +220,21 @@ def test_a_decomposed_network_lends_its_cores_bit_for_bit(share: str, expand: Ru
     assert apart(bert_mpo, work / "out") <= 1e-5
 
 
+def test_the_rest_of_a_model_is_expanded_with_the_same_routing_or_not_at_all(
+    cli: Cli, expand: Run, bert: Path, work: Path
+) -> None:
+    first = ["--target", "bert.encoder.layer.0.intermediate.dense", "--target", "bert.encoder.layer.0.output.dense"]
+    some = ["--router", "topk", "--top-k", 2, "--mask-prob", 0.25]
+    succeeded(cli("expand-moe", bert, "--experts", 3, *some, *first, "-o", "half"))
+    before = tree(work)
+    refused(cli("expand-moe", "half", "--experts", 3, "-o", "whole"), 2, "kind switch", "topk")
+    refused(cli("expand-moe", "half", "--experts", 3, *some[:4], "-o", "whole"), 2, "mask_prob 0.5", "0.25")
+    assert tree(work) == before
+    succeeded(cli("expand-moe", "half", "--experts", 3, *some[:4], "--share", "none", "-o", "whole"))
+    assert routing(work / "whole") == routing(work / "half")
+    load(work / "whole")
+
+
 @pytest.mark.parametrize("given", [["--trunc", 4], ["--sites", 3], ["--shape", "*.intermediate.dense=8,6x8,6"]])
 def test_what_would_not_touch_a_decomposed_network_is_refused(
     given: list[object], cli: Cli, bert_mpo: Path, work: Path

@@ -188,6 +188,16 @@ def test_the_number_of_threads_changes_nothing(run: Plan, deep: Path, work: Path
     assert files[0] == files[1] == files[2]
 
 
+def test_uniform_ratios_that_no_form_has_are_refused(cli: Cli, deep: Path, work: Path) -> None:
+    refused(
+        cli("decompose", deep / "bert", *BLOCKS, "--ratio", 0.01, "--shapes", "svd", "--allocation", "uniform"),
+        2,
+        "--ratio 0.01",
+        "no form of",
+    )
+    assert tree(work) == {}
+
+
 def test_a_tied_embedding_is_planned_once(run: Plan, deep: Path, lab: Path, work: Path) -> None:
     report = run("decompose", deep / "gpt2", "--layers", "embedding", "--ratio", 0.5, *text(lab))
     table = next(module for module in chosen(report) if module["role"] == "embedding")

@@ -54,6 +54,20 @@ def test_the_first_error_ends_it_and_nothing_more_begins() -> None:
     assert len(begun) < 6
 
 
+def test_an_error_behind_a_long_job_ends_it_too() -> None:
+    begun = []
+
+    def do(job: int) -> None:
+        begun.append(job)
+        if job == 1:
+            raise ValueError("no")
+        time.sleep(0.3 if job == 0 else 0.01)
+
+    with pytest.raises(ValueError, match="no"):
+        list(side_by_side(range(30), do, alone=lambda job: False))
+    assert begun == [0, 1]
+
+
 def test_a_caller_that_stops_leaves_nothing_behind() -> None:
     begun = []
 
