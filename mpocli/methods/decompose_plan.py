@@ -112,7 +112,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
         elif weight.obstacle:
             plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
         else:
-            sites = _sites(weight, config)
+            sites = sites_of(weight, config.shapes, config.sites)
             if config.budget is not None:
                 plans.append(WeightPlan(weight, sites, truncation))
                 continue
@@ -122,12 +122,13 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
     return plans
 
 
-def _sites(weight: Weight, config: DecomposeConfig) -> SiteShape:
-    for glob, sites in reversed(config.shapes):  # the last word counts
+def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
+    """The sites that a `--shape` names for a weight, else the usual ones of so many. Raises what `check_fits` raises."""
+    for glob, sites in reversed(shapes):  # the last word counts
         if any(fnmatchcase(member.name, glob) for member in weight.members):
             sites.check_fits(weight.shape, weight.name)
             return sites
-    return site_shape(*weight.shape, config.sites)
+    return site_shape(*weight.shape, number)
 
 
 def why_larger(size: int, weight: Weight) -> str:

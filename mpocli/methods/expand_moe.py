@@ -22,10 +22,11 @@ from mpocli.io.encoding import add_encoded
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter, Sink
+from mpocli.methods.decompose_plan import sites_of
 from mpocli.methods.kept import Kept
 from mpocli.methods.merge import read_mpo
 from mpocli.methods.moe_plan import Network, networks
-from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape, stored_error
+from mpocli.mpo import MPO, SiteShape, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions
 from mpocli.nn.experts import Place
@@ -317,17 +318,11 @@ class _Expander:
             return read_mpo(self.checkpoint.reader, weight), weight.entry.relative_error
         assert weight.key is not None
         matrix, name = self._matrix(weight), weight.key
-        mpo, _ = decompose(matrix, self._sites(weight), Truncation(self.config.trunc), name=name)
+        sites = sites_of(weight, self.config.shapes, self.config.sites or DEFAULT_SITES)
+        mpo, _ = decompose(matrix, sites, Truncation(self.config.trunc), name=name)
         stored = MPO(tuple(cast(core, weight.dtype, name) for core in mpo.cores), mpo.shape)
         difference, norm = stored_error(matrix, stored)
         return stored, difference / norm if norm else 0.0
-
-    def _sites(self, weight: Weight) -> SiteShape:
-        for glob, sites in reversed(self.config.shapes):  # the last word counts
-            if fnmatchcase(weight.name, glob):
-                sites.check_fits(weight.shape, weight.name)
-                return sites
-        return site_shape(*weight.shape, self.config.sites or DEFAULT_SITES)
 
     def entries(self) -> Iterator[ModuleEntry]:
         """Manifest entries of the output, in the model's order."""
