@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -123,7 +124,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
 
 
 def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
-    """The sites that a `--shape` names for a weight, else the usual ones of so many. Raises what `check_fits` raises."""
+    """The sites that a `--shape` names for a weight, else the usual ones of that number; raises as `check_fits` does."""
     for glob, sites in reversed(shapes):  # the last word counts
         if any(fnmatchcase(member.name, glob) for member in weight.members):
             sites.check_fits(weight.shape, weight.name)
