@@ -124,7 +124,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
 
 
 def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
-    """The sites that a `--shape` names for a weight, else the usual ones of that number; raises as `check_fits` does."""
+    """The sites that a `--shape` names for a weight, else the usual ones; raises what `check_fits` does."""
     for glob, sites in reversed(shapes):  # the last word counts
         if any(fnmatchcase(member.name, glob) for member in weight.members):
             sites.check_fits(weight.shape, weight.name)
