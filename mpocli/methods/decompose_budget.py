@@ -88,6 +88,9 @@ def decide(
         batches, held_out = fed(batches, model), fed(held_out, model)
         _warn_of_few(norms, chosen, warn)
 
+    else:
+        warn("without --calibrate every parameter counts the same: some text makes a far better plan")
+
     def exact_bytes(shapes: Shapes) -> int:
         return size_of(checkpoint, config, [_shaped(plan, shapes.get(plan.weight.name)) for plan in plans])
 

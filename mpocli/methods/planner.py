@@ -284,7 +284,7 @@ class Planner:
     def _solve(self, case: _Case) -> None:
         """Make the best form of at most `case.params` parameters."""
         if case.stays_dense:
-            why = "the budget leaves it whole" if self._whole else "any smaller form loses more here than elsewhere"
+            why = "the budget leaves it whole" if self._whole else "making it smaller costs more than elsewhere"
             case.reason = why
             return
         norm, subject = self.shop.subject(case.weight)

@@ -88,12 +88,16 @@ class Workshop:
         return None if square is None else square.to(self.device, working_dtype(self.device))
 
     def scale(self, weight: Weight, norm: Norm, subject: Subject) -> float:
-        """Turns a squared error into what is added up: a share of the loss, or of what the matrix puts out."""
+        """Turns a squared error into what is added up: a share of the loss, or of what the matrix puts out.
+
+        Where nothing says how much an output counts, every parameter does the same: of relative errors alone those of
+        the largest matrices would be the cheapest, and a vocabulary would keep a rank of three.
+        """
         factor = self.sensitivity.get(weight.name, 1.0)
         if self.budget.probes:
             return factor * norm.scale
         total = weighted_square(subject.wide, subject.gram)
-        return factor / total if total else factor
+        return factor * weight.dense_params / total if total else factor
 
     def chains(self, weight: Weight) -> Sequence[Candidate]:
         """The shapes beside the SVD that the budget allows."""

@@ -35,8 +35,9 @@ class RouterOptions:
         if self.kind not in ("switch", "topk"):
             raise InputError(f"kind {self.kind!r}: no such router", hint="switch or topk")
         if self.top_k < 1 or (self.kind == "switch" and self.top_k > 1):
+            most = "one expert" if self.kind == "switch" else "one expert or more"
             raise InputError(
-                f"top_k {self.top_k}: experts a token of a {self.kind} router", hint="topk takes 1 or more"
+                f"top_k {self.top_k}: a {self.kind} router sends a token to {most}", hint="topk takes more"
             )
         if self.scale_by_prob and self.top_k > 1:
             raise InputError(

@@ -280,7 +280,7 @@ def test_a_plan_without_a_budget_says_what_one_is(cli: Cli, deep: Path) -> None:
 
 def test_the_table_shows_every_matrix(cli: Cli, deep: Path, lab: Path, work: Path) -> None:
     shown = succeeded(cli("plan", deep / "gpt2", *BLOCKS, "--ratio", 0.3, *text(lab)))
-    for column in ("form", "bonds", "output error", "forward"):
+    for column in ("form", "bonds", "output", "forward", "MACs"):
         assert column in shown.out
     assert shown.out.count("transformer.h.1.mlp.c_fc") == 1 and "dry run: nothing written" in shown.err
     assert not tree(work) and load_file(deep / "gpt2" / "model.safetensors")

@@ -277,7 +277,9 @@ def show(report: DecomposeReport) -> None:
     """The table by role, what was kept and why, and where the result is."""
     from mpocli.cli import render
 
-    table = render.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err")
+    # The worst error of the outputs, where there was a calibration: what a bound on the error is about.
+    outputs = ("output",) if any(module.weighted_error is not None for module in report.modules) else ()
+    table = render.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err", *outputs)
     for role, modules in render.by_role(report.modules):
         made = [module for module in modules if module.action == "mpo"]
         known = [module.relative_error for module in made if module.relative_error is not None]
@@ -290,6 +292,7 @@ def show(report: DecomposeReport) -> None:
             render.ratio(after, before),
             _over(max, known, made),
             _over(statistics.mean, known, made),
+            *((_worst_output(made),) if outputs else ()),
         )
     forms = Counter(module.form for module in report.modules if module.form)
     totals = report.totals
@@ -343,6 +346,14 @@ def _show_compared(compared: Sequence[Compared]) -> None:
         style = "bold" if arm.name == "the plan" else "dim" if arm.name == "dense" else ""
         table.add_row(arm.name, render.count(arm.params), divergence, perplexity, style=style)
     render.show(table)
+    render.out.print("layers alone: embeddings and what is tied to them are as they were in all rows", style="dim")
+
+
+def _worst_output(made: list[ModuleReport]) -> str:
+    from mpocli.cli import render
+
+    known = [module.weighted_error for module in made if module.weighted_error is not None]
+    return render.error(max(known)) if known else ""
 
 
 def _over(measure: Callable[[list[float]], float], known: list[float], made: list[ModuleReport]) -> str:

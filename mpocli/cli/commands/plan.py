@@ -114,23 +114,24 @@ def show(report: DecomposeReport) -> None:
     """A line for every matrix that was selected, and what that makes of the model."""
     from mpocli.cli import render
 
-    table = render.table("module", "form", "bonds", "parameters", "ratio", "error", "output error", "forward", "× MACs")
+    # Two lines for each: module paths are too long to share one with their numbers.
+    header = (
+        f"{'form':>12} {'parameters':>11} {'ratio':>6} {'error':>8} {'output':>8} {'MACs':>5} {'forward':>8}  bonds"
+    )
+    render.out.print(header, style="bold")
     for module in report.modules:
-        if module.action == "kept":
-            if module.reason != "not selected":
-                table.add_row(module.name, "dense", "", render.count(module.params), "1.000", style="dim")
+        if module.action == "kept" and module.reason == "not selected":
             continue
-        bonds = ",".join(map(str, module.bond_dims[1:-1])) if module.bond_dims else ""
-        table.add_row(
-            module.name,
-            module.form or "",
-            bonds,
-            render.count(module.params),
-            render.ratio(module.params, module.dense_params),
-            "" if module.relative_error is None else render.error(module.relative_error),
-            "" if module.weighted_error is None else render.error(module.weighted_error),
-            module.path or "",
-            "" if module.macs is None else f"{module.macs / module.dense_params:.2f}",
+        kept = module.action == "kept"
+        errors = [
+            "" if error is None else render.error(error) for error in (module.relative_error, module.weighted_error)
+        ]
+        macs = "" if module.macs is None or kept else f"{module.macs / module.dense_params:.2f}"
+        bonds = " ".join(map(str, module.bond_dims[1:-1])) if module.bond_dims and not kept else ""
+        render.out.print(f"[bold]{module.name}[/bold]  [dim]{module.role or ''}[/dim]")
+        render.out.print(
+            f"{'dense' if kept else module.form or '':>12} {module.params:>11,} "
+            f"{render.ratio(module.params, module.dense_params):>6} {errors[0]:>8} {errors[1]:>8} {macs:>5} "
+            f"{'' if kept else module.path or '':>8}  {bonds}".rstrip()
         )
-    render.show(table)
     decompose_.show(report)
