@@ -58,6 +58,10 @@ HEAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Sentence embeddings of the dense model.
+ORIGINAL: dict[Path, list[torch.Tensor]] = {}
+
+
 @torch.no_grad()
 def gpt2(model_dir: Path, source: Path, data: Path) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -76,17 +80,24 @@ def minilm(model_dir: Path, source: Path, data: Path) -> dict[str, float]:
     scores = [float(row.get("score") or row["label"]) for row in rows]
     sides = [[row["sentence1"] for row in rows], [row["sentence2"] for row in rows]]
 
-    def embedded(model: Any, sentences: list[str]) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(sentences), 64):
-            batch = tokenizer(sentences[start : start + 64], return_tensors="pt", padding=True, truncation=True)
-            hidden = model(**batch).last_hidden_state
-            mask = batch["attention_mask"][..., None]
-            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(parts)
+    def embedded(path: Path) -> list[torch.Tensor]:
+        model = AutoModel.from_pretrained(path).eval()
+        made = []
+        for sentences in sides:
+            order = sorted(range(len(sentences)), key=lambda k: len(sentences[k]))  # little padding
+            rows = torch.empty(len(sentences), model.config.hidden_size)
+            for start in range(0, len(order), 64):
+                part = order[start : start + 64]
+                batch = tokenizer([sentences[k] for k in part], return_tensors="pt", padding=True, truncation=True)
+                hidden = model(**batch).last_hidden_state
+                mask = batch["attention_mask"][..., None]
+                rows[part] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+            made.append(rows)
+        return made
 
-    models = [AutoModel.from_pretrained(path).eval() for path in (source, model_dir)]
-    before, after = ([embedded(model, side) for side in sides] for model in models)
+    if source not in ORIGINAL:
+        ORIGINAL[source] = embedded(source)
+    before, after = ORIGINAL[source], embedded(model_dir)
     cosine = torch.cat([(a * b).sum(-1) for a, b in zip(before, after, strict=True)]).mean()
     return {"cosine": float(cosine), "Spearman": float(spearmanr((after[0] * after[1]).sum(-1), scores).statistic)}
 
