@@ -37,7 +37,7 @@ def errors(matrix: Tensor, gram: Tensor, ratio: float) -> tuple[list[float], str
     size = int(ratio * matrix.numel())
     balanced = Candidate("balanced", site_shape(*matrix.shape, 2))
     truncated = plain.fitted_within(balanced, size, 0)
-    swept = subject.fitted(balanced, truncated.mpo.bond_dims, 4)
+    swept = subject.fitted(balanced, truncated.mpo.bond_dims, 4, tol=0.0)
     chains = [candidate for candidate in all_of(*matrix.shape) if candidate.name != "svd"]
     auto = [subject.svd_within(size)]
     chain = subject.most_promising(chains, size)
