@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ _ROBUST = 0.3
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """tr(H D G Dᵀ) times `scale`; `input_gram` is the G of the reported error. None is the identity."""
+    """tr(H D G Dᵀ) times `scale`; `inputs` makes the G of the reported error. None is the identity."""
 
     gram: Tensor | None = None
     output: Tensor | None = None
     scale: float = 1.0
-    input_gram: Tensor | None = None
+    inputs: Callable[[], Tensor | None] = lambda: None
     unmeasured: str = ""  # why nothing is known of this matrix
+
+    @cached_property
+    def input_gram(self) -> Tensor | None:
+        """Made when it is asked for: the plan is made in another norm."""
+        return self.inputs()
 
 
 class Norms:
@@ -73,22 +79,26 @@ class Norms:
             why = "the loss does not depend on it" if reached else "no calibration token reaches it"
             return Norm(unmeasured=why)
         tokens = self.most_tokens
-        return Norm(regularised(gram * tokens, tokens, least=self.robust, name=weight.name), None, 0.5, None)
+        return Norm(regularised(gram * tokens, tokens, least=self.robust, name=weight.name), None, 0.5)
 
     def _of_layer(self, moments: Moments, weight: Weight) -> Norm:
         assert moments.gram is not None
-        plain = regularised(moments.gram, moments.tokens, name=weight.name)
+
+        def gram(least: float = FLOOR) -> Tensor:
+            assert moments.gram is not None
+            return regularised(moments.gram, moments.tokens, least=least, name=weight.name)
+
         if moments.output_trace is None:
-            return Norm(plain, None, 1.0, plain)
+            plain = gram()
+            return Norm(plain, None, 1.0, lambda: plain)
         if moments.output_trace == 0.0:
-            return Norm(input_gram=plain, unmeasured="the loss does not depend on it")
+            return Norm(inputs=gram, unmeasured="the loss does not depend on it")
         share = 0.5 * moments.tokens / self.most_tokens
-        robust = regularised(moments.gram, moments.tokens, least=self.robust, name=weight.name)
         if moments.output is None:
             mean = moments.output_trace / moments.tokens / weight.shape[0]
-            return Norm(robust, None, share * mean, plain)
+            return Norm(gram(self.robust), None, share * mean, gram)
         output = regularised(moments.output, moments.tokens, least=self.robust, name=weight.name)
-        return Norm(robust, output, share, plain)
+        return Norm(gram(self.robust), output, share, gram)
 
     @property
     def without_outputs(self) -> bool:

@@ -11,6 +11,8 @@ from mpocli.mpo.weighted import weighted_square
 # Sizes that are tried for a shape, and the part of a matrix below which the next one is not worth a fit.
 _TRIALS, _CLOSE = 6, 0.02
 _ROUNDINGS, _LESS = 5, 0.95
+# To which a measured error is good.
+_DIGITS = 1e-6
 # What is tried first where no truncated SVD says how large it has to be.
 _FIRST = 0.6
 
@@ -25,7 +27,7 @@ def smallest_within(shop: Workshop, weight: Weight, limit: float) -> Solution | 
             break
         made = shop.keep(weight, best, norm, subject)
         error = made.relative_error if made.weighted_error is None else made.weighted_error
-        if error <= limit:
+        if error <= limit * (1 - _DIGITS):
             return made
         # Rounding to the stored dtype has added to it.
         allowed *= _LESS * (limit / error) ** 2
@@ -51,7 +53,7 @@ def _narrowed(subject: Subject, chain: Candidate, allowed: float, sweeps: int, b
     low, high = 0, (best.mpo.num_params if best else subject.dense) - 1
     for _ in range(_TRIALS):
         size = (low + high) // 2 if low else int(0.8 * high)
-        found = subject.fitted_within(chain, size, sweeps) if size > 0 else None
+        found = subject.fitted_within(chain, size, sweeps, target=allowed) if size > 0 else None
         if found is not None and found.loss <= allowed:
             best, high = found, found.mpo.num_params - 1
         else:

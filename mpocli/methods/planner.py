@@ -8,38 +8,17 @@ from dataclasses import dataclass, field
 from mpocli.errors import UsageError
 from mpocli.hf.targets import Weight
 from mpocli.methods.plan_by_error import smallest_within
+from mpocli.methods.plan_case import Case
 from mpocli.methods.side_by_side import side_by_side
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
 from mpocli.mpo.budget import Curve, allocate
-from mpocli.mpo.candidates import Candidate, bonds_within, svd
-from mpocli.mpo.fitting import Fitted, interpolated
+from mpocli.mpo.candidates import bonds_within, svd
 
 Progress = Callable[[int, int, str], None]
 Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
-# Sizes, as parts of a matrix, at which the papers' shapes are tried.
-_PAPER_SIZES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
 # Elements of a matrix or of its second moments, up to which several are worked on at a time: 80 MB of float64.
 _SIDE_BY_SIDE = 10**7
-# A fit is made where its curve says that it loses at most this many times what the SVD does: full sweeps gain on it.
-_WORTH_A_FIT = 1.15
-
-
-@dataclass
-class _Case:
-    """What is known of one weight while the plan is made."""
-
-    weight: Weight
-    chain: Candidate | None = None  # cores that may beat the SVD here, and what they lose around the expected size
-    around: list[tuple[int, float]] = field(default_factory=list)
-    curve: Curve | None = None
-    params: int = 0
-    reason: str = ""
-    solution: Solution | None = None
-
-    @property
-    def stays_dense(self) -> bool:
-        return self.params >= self.weight.dense_params
 
 
 @dataclass
@@ -52,7 +31,7 @@ class Planner:
     shop: Workshop
     exact_bytes: Callable[[Shapes], int]
     progress: Progress | None = None
-    _cases: list[_Case] = field(default_factory=list)
+    _cases: list[Case] = field(default_factory=list)
     _whole: bool = False  # nothing has to be smaller
 
     def plan(self, weights: Sequence[Weight]) -> dict[str, Solution | str]:
@@ -61,7 +40,7 @@ class Planner:
         Raises `UsageError` for a budget that cannot be met.
         """
         budget = self.shop.budget
-        self._cases = [_Case(weight) for weight in weights]
+        self._cases = [Case(weight, self.shop) for weight in weights]
         if budget.max_error is not None:
             self._for_all("fitting", self._bound)
         elif budget.allocation == "uniform":
@@ -70,7 +49,7 @@ class Planner:
             self._globally()
         return {case.weight.name: case.solution or case.reason for case in self._cases}
 
-    def _bound(self, case: _Case) -> None:
+    def _bound(self, case: Case) -> None:
         assert self.shop.budget.max_error is not None
         found = smallest_within(self.shop, case.weight, self.shop.budget.max_error)
         case.solution, case.reason = (None, found) if isinstance(found, str) else (found, "")
@@ -85,22 +64,16 @@ class Planner:
             ratio = self._left_for(cases) / max(1, sum(case.weight.dense_params for case in cases))
             for case in cases:
                 case.params = int(ratio * case.weight.dense_params)
-                if case.params < self._least(case):
+                if case.params < case.least():
                     case.reason = f"no form of {case.params:,} parameters"
             if all(not case.reason for case in cases):
                 break
         self._for_all("fitting", self._solve)
 
-    def _least(self, case: _Case) -> int:
-        """Parameters of the smallest form that the budget allows."""
-        forms = [chain.sites for chain in self.shop.chains(case.weight)]
-        forms += [svd(*case.weight.shape).sites] if self.shop.budget.shapes != "paper" else []
-        return min(sites.num_params(sites.capped_bond_dims(1)) for sites in forms)
-
-    def _open(self) -> list[_Case]:
+    def _open(self) -> list[Case]:
         return [case for case in self._cases if not case.reason]
 
-    def _left_for(self, cases: Sequence[_Case]) -> int:
+    def _left_for(self, cases: Sequence[Case]) -> int:
         """Parameters of a ratio that are left when all other cases stay dense; `UsageError` where none are."""
         assert self.shop.budget.ratio is not None
         kept = self._dense - sum(case.weight.dense_params for case in cases)
@@ -117,49 +90,15 @@ class Planner:
     # --- one budget for all -------------------------------------------------------------------------------------
 
     def _globally(self) -> None:
-        self._for_all("measuring", self._draw)
+        self._for_all("measuring", Case.draw)
         self._share()
         if self.shop.budget.shapes == "auto":
-            self._for_all("trying shapes for", self._try_shapes)
+            self._for_all("trying shapes for", Case.try_shapes)
             self._share()
         self._whole = all(case.stays_dense for case in self._open())
         self._for_all("fitting", self._solve)
         self._fit_bytes()
         self._spend_rest()
-
-    def _draw(self, case: _Case) -> None:
-        """The curve of the SVD, or of the papers' shape."""
-        norm, subject = self.shop.subject(case.weight)
-        if norm.unmeasured:
-            case.reason = norm.unmeasured
-            return
-        scale = self.shop.scale(case.weight, norm, subject)
-        if self.shop.budget.shapes != "paper":
-            curve = subject.svd_curve()
-            case.curve = Curve(curve.params, tuple(scale * loss for loss in curve.losses))
-            return
-        (case.chain,) = self.shop.chains(case.weight)
-        fits = [
-            subject.fitted_within(case.chain, int(size * subject.dense), min(self.shop.budget.sweeps, 1))
-            for size in _PAPER_SIZES
-        ]
-        points = [(fit.mpo.num_params, scale * fit.loss) for fit in fits if fit is not None and fit.loss > 0.0]
-        drawn = interpolated(Curve.of(points).options)
-        case.curve = Curve.of([*drawn, (subject.dense, 0.0)])
-
-    def _try_shapes(self, case: _Case) -> None:
-        """Adds what the most promising chain of cores loses around the size that the SVD would be given."""
-        chains = self.shop.chains(case.weight)
-        if case.curve is None or case.stays_dense or not chains:
-            return
-        norm, subject = self.shop.subject(case.weight)
-        scale = self.shop.scale(case.weight, norm, subject)
-        plain = case.curve.loss_within(case.params) / scale if scale else None
-        case.chain = subject.most_promising(chains, case.params, svd_loss=plain)
-        if case.chain is None:
-            return
-        case.around = [(size, scale * loss) for size, loss in subject.curve_around(case.chain, case.params)]
-        case.curve = Curve.of([*case.curve.options, *case.around])
 
     def _share(self) -> None:
         """Give every open case its parameters."""
@@ -184,10 +123,10 @@ class Planner:
     @property
     def _itemsize(self) -> int:
         """Of the smallest stored dtype among the open cases: what a parameter takes off a file at least."""
-        return min((self.shop.stored_dtype(case.weight).itemsize for case in self._open()), default=1)
+        return min((case.itemsize for case in self._open()), default=1)
 
-    def _refuse_bytes(self, cases: Sequence[_Case]) -> None:
-        least = self.exact_bytes({case.weight.name: _smallest(case) for case in cases})
+    def _refuse_bytes(self, cases: Sequence[Case]) -> None:
+        least = self.exact_bytes({case.weight.name: case.smallest_shape() for case in cases})
         raise UsageError(
             f"--max-bytes {self.shop.budget.max_bytes:,}: what is not selected and the smallest form of the rest take"
             f" {least:,} bytes",
@@ -214,22 +153,13 @@ class Planner:
     def _dense(self) -> int:
         return sum(case.weight.dense_params for case in self._cases)
 
-    def _give(self, cases: Sequence[_Case], params: int) -> None:
+    def _give(self, cases: Sequence[Case], params: int) -> None:
         curves = [case.curve for case in cases if case.curve is not None]
         for case, curve, option in zip(cases, curves, allocate(curves, params), strict=True):
             case.params = curve.params[option]
 
-    def _shapes(self, cases: Sequence[_Case]) -> Shapes:
-        found = {}
-        for case in cases:
-            if not case.stays_dense:
-                chain = [case.chain.sites] if case.chain else []
-                forms = chain if self.shop.budget.shapes == "paper" else [svd(*case.weight.shape).sites, *chain]
-                able = [sites for sites in forms if sites.num_params(sites.capped_bond_dims(1)) <= case.params]
-                shapes = [(sites, bonds_within(sites, case.params)) for sites in able]
-                # Which of them it will be is not known yet: the larger one.
-                found[case.weight.name] = max(shapes, key=lambda shape: shape[0].num_params(shape[1]))
-        return found
+    def _shapes(self, cases: Sequence[Case]) -> Shapes:
+        return {case.weight.name: case.expected_shape() for case in cases if not case.stays_dense}
 
     def _spend_rest(self) -> None:
         """What the fits left of the budget goes to the SVDs among them, rank by rank where it gains most."""
@@ -267,7 +197,7 @@ class Planner:
                 case.params, case.chain = curve.params[option], None
         self._for_all("widening", self._solve, wider)
 
-    def _bytes_with(self, cases: Sequence[_Case], curves: Sequence[Curve], given: Sequence[int]) -> int:
+    def _bytes_with(self, cases: Sequence[Case], curves: Sequence[Curve], given: Sequence[int]) -> int:
         """Of the weight files, when these SVDs get these options of theirs."""
         shapes = self._solved()
         for case, curve, option in zip(cases, curves, given, strict=True):
@@ -277,55 +207,20 @@ class Planner:
 
     @property
     def _largest_itemsize(self) -> int:
-        return max((self.shop.stored_dtype(case.weight).itemsize for case in self._cases), default=1)
+        return max((case.itemsize for case in self._cases), default=1)
 
-    # --- cores --------------------------------------------------------------------------------------------------
+    # --- one weight after another, or side by side ----------------------------------------------------------------
 
-    def _solve(self, case: _Case) -> None:
-        """Make the best form of at most `case.params` parameters."""
-        if case.stays_dense:
-            why = "the budget leaves it whole" if self._whole else "making it smaller costs more than elsewhere"
-            case.reason = why
-            return
-        norm, subject = self.shop.subject(case.weight)
-        if norm.unmeasured:
-            case.reason = norm.unmeasured
-            return
-        budget = self.shop.budget
-        found: list[Fitted | None] = []
-        if budget.shapes != "paper":
-            found.append(subject.svd_within(case.params))
-        if budget.allocation == "uniform" and budget.shapes != "svd":
-            chains = self.shop.chains(case.weight)
-            case.chain = chains[0] if budget.shapes == "paper" else subject.most_promising(chains, case.params)
-        plain = found[0].loss * self.shop.scale(case.weight, norm, subject) if found and found[0] is not None else None
-        if case.chain is not None and self._is_worth_a_fit(case, plain):
-            found.append(subject.fitted_within(case.chain, case.params, budget.sweeps))
-        made = min((one for one in found if one is not None), key=lambda one: one.loss, default=None)
-        if made is None or made.mpo.num_params >= subject.dense:
-            case.reason = f"no form of {case.params:,} parameters"
-            return
-        case.solution = self.shop.keep(case.weight, made, norm, subject)
+    def _solve(self, case: Case) -> None:
+        case.solve("the budget leaves it whole" if self._whole else "making it smaller costs more than elsewhere")
 
-    def _is_worth_a_fit(self, case: _Case, plain: float | None) -> bool:
-        """Whether the chain, by its curve, can lose less than the SVD does."""
-        if plain is None or not case.around:
-            return True
-        expected = min((loss for size, loss in case.around if size <= case.params), default=case.around[0][1])
-        return expected <= _WORTH_A_FIT * plain
-
-    def _for_all(self, what: str, do: Callable[[_Case], None], cases: Sequence[_Case] | None = None) -> None:
+    def _for_all(self, what: str, do: Callable[[Case], None], cases: Sequence[Case] | None = None) -> None:
         """`do` for every open case, or for these, announced."""
         cases = self._open() if cases is None else cases
         for number, case in enumerate(side_by_side(cases, do, alone=self._is_alone)):
             if self.progress is not None:
                 self.progress(number, len(cases), f"{what} {case.weight.name}")
 
-    def _is_alone(self, case: _Case) -> bool:
+    def _is_alone(self, case: Case) -> bool:
         elements = max(*(size**2 for size in case.weight.shape), case.weight.dense_params)
         return self.shop.device.type != "cpu" or elements > _SIDE_BY_SIDE
-
-
-def _smallest(case: _Case) -> tuple[SiteShape, tuple[int, ...]]:
-    sites = (case.chain or svd(*case.weight.shape)).sites
-    return sites, sites.capped_bond_dims(1)

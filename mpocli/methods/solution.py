@@ -148,5 +148,8 @@ class Workshop:
 
 
 def _relative(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
+    """Six digits of it: products with a Gram matrix are in single precision."""
+    if gram is not None:
+        difference, matrix, gram = difference.float(), matrix.float(), gram.float()
     whole = weighted_square(matrix, gram)
     return math.sqrt(max(weighted_square(difference, gram), 0.0) / whole) if whole else 0.0

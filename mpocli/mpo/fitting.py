@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,16 +18,15 @@ from mpocli.mpo.canonical import canonicalize
 from mpocli.mpo.from_matrix import decompose
 from mpocli.mpo.linalg import working_dtype
 from mpocli.mpo.mpo import MPO
+from mpocli.mpo.sketch import sketched
 from mpocli.mpo.sweep import fit
 from mpocli.mpo.truncation import Truncation
-from mpocli.mpo.weighted import WeightedSVD, weighted_square
+from mpocli.mpo.weighted import WeightedSVD, spectrum, weighted_square
 
 # A chain of small cores that loses this many times what the SVD of its size loses after one sweep will not overtake it:
 # the first sweep takes off most of what all of them do.
 _HOPELESS = 1.6
 _CLEARLY = 1.4
-# What the first core alone has left of what a whole sweep leaves, at most: beyond it not even the sweep is made.
-_FIRST_CORE = 2.5
 # Of the error, that one more sweep has to take off.
 _TOL = 5e-3
 # Sizes around the expected one at which a shape is tried, and above which part of the matrix none is.
@@ -52,7 +51,7 @@ class Subject:
     matrix: Tensor
     gram: Tensor | None = None
     output: Tensor | None = None
-    _fits: dict[tuple[Candidate, tuple[int, ...], int], Fitted] = field(default_factory=dict)
+    _trials: dict[tuple[Candidate, tuple[int, ...]], Fitted] = field(default_factory=dict)
 
     @cached_property
     def wide(self) -> Tensor:
@@ -73,7 +72,8 @@ class Subject:
     def svd_curve(self) -> Curve:
         """Every rank, and the matrix itself."""
         step = sum(self.matrix.shape)
-        left = (self.svd.total - torch.cumsum(self.svd.weights, 0)).clamp_min(0).tolist()
+        weights = self.svd.weights if "svd" in vars(self) else spectrum(self.matrix, self.gram, self.output)
+        left = (weights.sum() - torch.cumsum(weights, 0)).clamp_min(0).tolist()
         options = [(rank * step, loss) for rank, loss in enumerate(left, 1) if rank * step < self.dense]
         return Curve.of([*options, (self.dense, 0.0)])
 
@@ -86,34 +86,47 @@ class Subject:
         mpo = canonicalize(self.svd.mpo(rank))
         return Fitted(svd(*self.matrix.shape), mpo, self.svd.lost(mpo.bond_dims[1]))
 
-    def fitted(
-        self,
-        candidate: Candidate,
-        bonds: Sequence[int],
-        sweeps: int,
-        *,
-        tol: float = _TOL,
-        give_up: float = math.inf,
-    ) -> Fitted:
-        """A candidate with given bonds (n+1 numbers): truncated, then swept over in the norm."""
+    def fitted(self, candidate: Candidate, bonds: Sequence[int], sweeps: int, *, target: float = math.inf) -> Fitted:
+        """A candidate with given bonds (n+1 numbers): truncated, then swept over in the norm.
+
+        Where it is clear that it will lose more than `target`, it is left as far as it has got.
+        """
         start, _ = decompose(self.matrix, candidate.sites, Truncation(tuple(bonds[1:-1])))
         if sweeps == 0:
             return Fitted(candidate, start, self.loss_of(start))
-        done = fit(self.matrix, start, self.gram, self.output, sweeps=sweeps, tol=tol, give_up=give_up)
+        made = self._swept(candidate, start, sweeps, target)
+        return made if target == math.inf else replace(made, loss=self.loss_of(made.mpo))
+
+    def _swept(self, candidate: Candidate, start: MPO, sweeps: int, target: float) -> Fitted:
+        done = fit(self.matrix, start, self.gram, self.output, sweeps=sweeps, tol=_TOL, target=target)
         return Fitted(candidate, done.mpo, done.errors[-1])
 
     def fitted_within(
-        self, candidate: Candidate, params: int, sweeps: int, *, give_up: float = math.inf
+        self, candidate: Candidate, params: int, sweeps: int, *, target: float = math.inf
     ) -> Fitted | None:
         """A candidate of at most so many parameters, None where none is that small."""
+        bonds = self._bonds(candidate, params)
+        return None if bonds is None else self.fitted(candidate, bonds, sweeps, target=target)
+
+    def _bonds(self, candidate: Candidate, params: int) -> tuple[int, ...] | None:
         try:
-            bonds = bonds_within(candidate.sites, params)
+            return bonds_within(candidate.sites, params)
         except UsageError:
             return None
-        key = candidate, bonds, sweeps
-        if key not in self._fits:
-            self._fits[key] = self.fitted(candidate, bonds, sweeps, give_up=give_up)
-        return self._fits[key]
+
+    def _tried(self, candidate: Candidate, params: int, target: float = math.inf) -> Fitted | None:
+        """As `fitted_within`, one sweep from a start that is quickly made."""
+        bonds = self._bonds(candidate, params)
+        if bonds is None:
+            return None
+        key = candidate, bonds
+        if key not in self._trials:
+            if candidate.sites.sites == 2:
+                start = sketched(self.matrix, candidate.sites, bonds[1])
+            else:
+                start, _ = decompose(self.matrix, candidate.sites, Truncation(tuple(bonds[1:-1])))
+            self._trials[key] = self._swept(candidate, start, 1, target)
+        return self._trials[key]
 
     def most_promising(
         self, candidates: Sequence[Candidate], params: int, *, svd_loss: float | None = None
@@ -134,8 +147,7 @@ class Subject:
         for candidate in candidates:
             if chain is not None and candidate.sites.sites > 3 and best is not None and chain > best[0]:
                 break
-            give_up = _FIRST_CORE * min(limit, best[0] if best else math.inf)
-            found = self.fitted_within(candidate, params, 1, give_up=give_up)
+            found = self._tried(candidate, params, min(limit, best[0] if best else math.inf))
             if found is None:
                 continue
             if candidate.sites.sites > 2:
@@ -146,12 +158,12 @@ class Subject:
                 break  # neither another pair of cores nor a longer chain, which takes far longer, will be
         return best[1] if best and best[0] <= limit else None
 
-    def curve_around(self, candidate: Candidate, params: int, sweeps: int = 1) -> list[tuple[int, float]]:
+    def curve_around(self, candidate: Candidate, params: int) -> list[tuple[int, float]]:
         """(parameters, loss) of a candidate on a grid around a size, by log-log interpolation of three fits."""
         sizes = [int(params * factor) for factor in (1 / _AROUND, 1.0, _AROUND)]
         found = {}
         for size in sizes:
-            made = self.fitted_within(candidate, min(size, int(_LARGEST * self.dense)), sweeps)
+            made = self._tried(candidate, min(size, int(_LARGEST * self.dense)))
             if made is not None and made.loss > 0.0:
                 found[made.mpo.num_params] = made.loss
         return interpolated(sorted(found.items()))

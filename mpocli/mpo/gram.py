@@ -34,21 +34,40 @@ def regularised(gram: Tensor, tokens: int, *, least: float = FLOOR, name: str = 
             [0., 2.]], dtype=torch.float64)
     """
     check_finite(gram, f"{name}: second moments")
-    second = gram.to(working_dtype(gram.device)) / max(tokens, 1)
-    second = (second + second.T) / 2
+    wide = gram.to(working_dtype(gram.device))
+    second = (wide + wide.T).div_(2 * max(tokens, 1))
     size = len(second)
-    identity = torch.eye(size, dtype=second.dtype, device=second.device)
     trace = float(second.trace())
     if trace <= 0.0:
-        return identity
+        return torch.eye(size, dtype=second.dtype, device=second.device)
     mean = trace / size
-    squared = float(second.square().sum())
+    squared = float(torch.linalg.vector_norm(second)) ** 2
     spread = squared - trace**2 / size
     numerator = (1 - 2 / size) * squared + trace**2
     denominator = (tokens + 1 - 2 / size) * spread
     rho = 1.0 if denominator <= numerator else numerator / denominator
     rho = max(rho, least)
-    return second.mul_(1 - rho).add_(identity, alpha=rho * mean)
+    second.mul_(1 - rho).diagonal().add_(rho * mean)
+    return second
+
+
+def factor(gram: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """R with Rᵀ R = G, and R⁻¹: of a Cholesky factor where that is known to be safe, else the `roots`.
+
+    With G = L Lᵀ, 1/‖L⁻¹‖²_F = 1/tr G⁻¹ is a lower bound of the smallest eigenvalue. Where it is above `floor` times
+    the mean, no root had to be raised, and R = Lᵀ does what S does in a fifteenth of the time.
+
+    >>> factor(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))[0]
+    tensor([[2., 1.],
+            [0., 1.]])
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if not int(failed):
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        if 1 / float(inverse.square().sum()) >= floor * float(gram.diagonal().mean()):
+            return lower.T, inverse.T
+    return roots(gram, floor)
 
 
 def roots(gram: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:

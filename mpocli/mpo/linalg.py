@@ -117,12 +117,24 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises `NumericsError` where LAPACK does not converge.
     """
+    with _converging(matrix), _one_thread(len(matrix)):
+        values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix, smallest first; raises as `eigen` does."""
+    with _converging(matrix), _one_thread(len(matrix)):
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values
+
+
+@contextmanager
+def _converging(matrix: Tensor) -> Iterator[None]:
     try:
-        with _one_thread(len(matrix)):
-            values, vectors = torch.linalg.eigh(matrix)
+        yield
     except torch.linalg.LinAlgError as error:
         raise NumericsError(
-            f"the eigenvectors of a {len(matrix)}x{len(matrix)} matrix did not converge ({error})",
+            f"the eigenvalues of a {len(matrix)}x{len(matrix)} matrix did not converge ({error})",
             hint="look for extreme values in the weights or in the inputs",
         ) from error
-    return values, vectors

@@ -22,6 +22,10 @@ from mpocli.mpo.preconditioner import Solver, by_factors, by_inputs
 # Kronecker product stand for them.
 DIRECT_UNKNOWNS = 1536
 _TO_SOLVE, _TO_PRECONDITION = 32, 2
+# How many times the error to get below may stand at the start, and after the first core. Of 300 fits to matrices of
+# real models, by inputs and outputs or by inputs alone, those that came within 5 % of it began at most 20 times and
+# stood at most 3.2 times above it.
+_START, _FIRST_CORE = 40.0, 4.0
 # Steps of conjugate gradients at most, and what they leave of the squared residual in the preconditioner's norm: not
 # less, since the other cores are not final either. Inputs alone have outliers, and nothing but these steps for them.
 _STEPS, _TOL = 6, 1e-3
@@ -44,7 +48,7 @@ def fit(
     *,
     sweeps: int = 10,
     tol: float = 5e-3,
-    give_up: float = math.inf,
+    target: float = math.inf,
 ) -> Fit:
     """Sweep over the cores of `start`, each made better while the others stay.
 
@@ -52,42 +56,49 @@ def fit(
     (one-site DMRG of a quadratic form), the normal equations are Eᵀ (H ⊗ G) E C = Eᵀ (H W G). Without output weights
     they are the same for every o_k, of size χ_{k−1} i_k χ_k, and solved exactly up to `DIRECT_UNKNOWNS`; all others
     by a few steps of conjugate gradients from the core as it is (`preconditioner`). One sweep goes to the last core
-    and back. Stops after `sweeps`, or as soon as a sweep takes off less than `tol` of the error, or after the first
-    core if the error is above `give_up` then. The error never grows: a sweep that round-off would let grow is not
-    taken.
+    and back. Stops after `sweeps`, or as soon as a sweep takes off less than `tol` of the error, or when it is clear
+    that the error will not get below `target`: by far too large at the start or after the first core, or too large for
+    what the sweeps that are left can take off, if none takes off more than the last one. The error never grows: a sweep
+    that round-off would let grow is not taken.
 
     W is (O, I), G (I, I), H (O, O), None the identity, all without padding, which is fitted to zero and not counted;
-    keeps the bond dimensions. Cores, equations and errors are float64, products inside conjugate gradients float32: G
-    and H that are both nearly singular need `gram.regularised` first. Raises `NumericsError` where the equations cannot
-    be solved.
+    keeps the bond dimensions. Cores and equations are float64, errors too where there is no `target`, products inside
+    conjugate gradients float32: G and H that are both nearly singular need `gram.regularised` first. Raises
+    `NumericsError` where the equations cannot be solved.
     """
-    problem = _Problem.of(matrix, start, gram, output)
+    problem = _Problem.of(matrix, start, gram, output, exact=target == math.inf)
     centred = canonicalize(start, 0)
     cores = list(centred.cores)
     errors = [problem.error(cores)]
     best = list(cores)
-    for _ in range(sweeps):
-        n = len(cores)
-        order = [*range(n - 1), *range(n - 1, 0, -1)]
-        for position, k in enumerate(order):
-            cores[k] = problem.solve(cores, k)
-            if k == 0 and len(errors) == 1 and problem.is_above(give_up, cores):
-                error = problem.error(cores)
-                kept = cores if error < errors[0] else best
-                return Fit(canonicalize(MPO(tuple(kept), start.shape)), (errors[0], min(error, errors[0])))
-            forward = position < n - 1
-            _shift(cores, k, forward=forward)
-        # The way back ends at core 0, which the next sweep, or nobody, solves first.
-        cores[0] = problem.solve(cores, 0)
+    for left in range(sweeps - 1, -1, -1):
+        if len(errors) == 1 and errors[0] > _START * target:
+            break
+        if not _sweep(problem, cores, _FIRST_CORE * target if len(errors) == 1 else math.inf):
+            break
         error = problem.error(cores)
-        if not error < errors[-1]:
+        gain = errors[-1] - error
+        if not gain > 0.0:
             break
         best = list(cores)
         errors.append(error)
-        if errors[-2] - error <= tol * errors[-2]:
+        if gain <= tol * errors[-2] or error - left * gain > target:
             break
     done = MPO(tuple(core.contiguous() for core in best), start.shape)
     return Fit(canonicalize(done), tuple(errors))
+
+
+def _sweep(problem: _Problem, cores: list[Tensor], limit: float) -> bool:
+    """Once to the last core and back, unless the error is above `limit` after the first."""
+    n = len(cores)
+    for position, k in enumerate([*range(n - 1), *range(n - 1, 0, -1)]):
+        cores[k] = problem.solve(cores, k)
+        if position == 0 and problem.is_above(limit, cores):
+            return False
+        _shift(cores, k, forward=position < n - 1)
+    # The next sweep, or nobody, solves this one first.
+    cores[0] = problem.solve(cores, 0)
+    return True
 
 
 def _shift(cores: list[Tensor], k: int, *, forward: bool) -> None:
@@ -123,18 +134,21 @@ class _Problem:
     output: Tensor | None  # (O, O), None for the identity
     shape: tuple[int, int]  # without padding
     scale: float  # of the error
+    exact: bool  # whether errors are in the working dtype, or good to six digits in half the time
     # H (W − Ŵ) G of the cores as they are, None where that is not known. In single precision: steps along directions
     # that it has bent are still steps down, and errors are summed anew after every sweep.
     _residual: Tensor | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor, start: MPO, gram: Tensor | None, output: Tensor | None) -> _Problem:
+    def of(
+        cls, matrix: Tensor, start: MPO, gram: Tensor | None, output: Tensor | None, *, exact: bool = True
+    ) -> _Problem:
         wide = working_dtype(matrix.device)
         rows, columns = start.site_shape.padded_shape
         target = matrix.new_zeros(rows, columns, dtype=wide)
         target[: matrix.shape[0], : matrix.shape[1]] = matrix
         (gram, of_gram), (output, of_output) = _padded_unit(gram, columns, wide), _padded_unit(output, rows, wide)
-        return cls(target, gram, output, (matrix.shape[0], matrix.shape[1]), of_gram * of_output)
+        return cls(target, gram, output, (matrix.shape[0], matrix.shape[1]), of_gram * of_output, exact)
 
     @cached_property
     def _weighted(self) -> Tensor:
@@ -149,12 +163,13 @@ class _Problem:
         return None if self.output is None else self.output.float()
 
     def error(self, cores: list[Tensor]) -> float:
-        rows, columns = self.shape
         difference = self.target - to_dense(cores)
-        weighted = _times(self.output, difference, self.gram)
+        if self.exact:
+            weighted = _times(self.output, difference, self.gram)
+        else:
+            weighted = _times(self._output32, difference.float(), self._gram32)
         self._residual = weighted.float()
-        # Padding costs nothing, with weights or without.
-        return self.scale * float((difference * weighted)[:rows, :columns].sum())
+        return self._summed(difference, weighted)
 
     def is_above(self, limit: float, cores: list[Tensor]) -> bool:
         """Whether the error is, to single precision where that is all that is known."""
@@ -162,9 +177,12 @@ class _Problem:
             return False
         if self._residual is None:
             return self.error(cores) > limit
+        return self._summed(self.target - to_dense(cores), self._residual) > limit
+
+    def _summed(self, difference: Tensor, weighted: Tensor) -> float:
+        """Padding costs nothing, with weights or without."""
         rows, columns = self.shape
-        difference = (self.target - to_dense(cores)).float()
-        return self.scale * float((difference * self._residual)[:rows, :columns].sum()) > limit
+        return self.scale * float((difference * weighted)[:rows, :columns].sum())
 
     def solve(self, cores: list[Tensor], k: int) -> Tensor:
         """The best core k, or a better one where that cannot be had at once."""

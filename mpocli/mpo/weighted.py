@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpocli.mpo.gram import roots
-from mpocli.mpo.linalg import eigen, working_dtype
+from mpocli.mpo.gram import factor
+from mpocli.mpo.linalg import eigen, eigenvalues, working_dtype
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
 
@@ -20,7 +20,7 @@ def weighted_square(difference: Tensor, gram: Tensor | None, output: Tensor | No
     6.0
     """
     right = difference if gram is None else difference @ gram
-    return float((difference * (right if output is None else output @ right)).sum())
+    return float((difference * (right if output is None else output @ right)).sum(dtype=working_dtype(right.device)))
 
 
 def svd_shape(rows: int, columns: int) -> SiteShape:
@@ -30,6 +30,37 @@ def svd_shape(rows: int, columns: int) -> SiteShape:
     '768,1x1,3072'
     """
     return SiteShape((rows, 1), (1, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class _Whitened:
+    """R W or R Wᵀ (q, N), whichever has fewer rows, R a root of the norm on that side, and A = R W G Wᵀ Rᵀ (q, q)."""
+
+    scaled: Tensor
+    square: Tensor
+    inverse: Tensor | None  # of R, None for the identity
+    by_outputs: bool
+
+    @classmethod
+    def of(cls, matrix: Tensor, gram: Tensor | None, output: Tensor | None) -> _Whitened:
+        wide = matrix.to(working_dtype(matrix.device))
+        by_outputs = wide.shape[0] <= wide.shape[1]
+        own, other = (output, gram) if by_outputs else (gram, output)
+        small = wide if by_outputs else wide.T  # (q, N)
+        root, inverse = factor(own) if own is not None else (None, None)
+        scaled = small if root is None else root @ small
+        square = (scaled if other is None else scaled @ other) @ scaled.T
+        return cls(scaled, square, inverse, by_outputs)
+
+
+def spectrum(matrix: Tensor, gram: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    """The `weights` of `WeightedSVD.of`, without its vectors: less than half the time.
+
+    >>> import torch
+    >>> spectrum(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    tensor([9., 1.], dtype=torch.float64)
+    """
+    return eigenvalues(_Whitened.of(matrix, gram, output).square).flip(0).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +80,17 @@ class WeightedSVD:
         """Of W (O, I) with the Gram matrix G (I, I) of its inputs and the weights H (O, O) of its outputs.
 
         None is the identity: with neither it is the plain truncated SVD. The closed form of SVD-LLM (Wang et al., ICLR
-        2025, §3.1), Ŵ = H^{−1/2} (H^{1/2} W G^{1/2})_r G^{−1/2}, without Cholesky factors and by eigenvectors of the
-        smaller side: with the left ones U, Ŵ = H^{−1/2} U_r U_rᵀ H^{1/2} W, and with the right ones V,
-        Ŵ = W G^{1/2} V_r V_rᵀ G^{−1/2}, so that only the smaller of G and H needs a root. Computes in float64.
+        2025, §3.1), Ŵ = H^{−1/2} (H^{1/2} W G^{1/2})_r G^{−1/2}, by eigenvectors of the smaller side: with the left
+        ones U, Ŵ = H^{−1/2} U_r U_rᵀ H^{1/2} W, and with the right ones V, Ŵ = W G^{1/2} V_r V_rᵀ G^{−1/2}, so that
+        only the smaller of G and H needs a root (any R with Rᵀ R = H does: `gram.factor`). Computes in float64.
         """
-        wide = matrix.to(working_dtype(matrix.device))
-        by_outputs = wide.shape[0] <= wide.shape[1]
-        own, other = (output, gram) if by_outputs else (gram, output)
-        small = wide if by_outputs else wide.T  # (q, N)
-        root, inverse = roots(own) if own is not None else (None, None)
-        scaled = small if root is None else root @ small
-        values, vectors = eigen(scaled @ (scaled if other is None else scaled @ other).T)
+        problem = _Whitened.of(matrix, gram, output)
+        values, vectors = eigen(problem.square)
         basis = vectors.flip(1)
-        outer = basis if inverse is None else inverse @ basis  # (q, q)
-        inner = basis.T @ scaled  # (q, N)
+        outer = basis if problem.inverse is None else problem.inverse @ basis  # (q, q)
+        inner = basis.T @ problem.scaled  # (q, N)
         weights = values.flip(0).clamp_min(0)
-        return cls(weights, outer, inner) if by_outputs else cls(weights, inner.T, outer.T)
+        return cls(weights, outer, inner) if problem.by_outputs else cls(weights, inner.T, outer.T)
 
     @property
     def total(self) -> float:

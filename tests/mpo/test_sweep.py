@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape
+from mpocli.mpo.gram import regularised
 from mpocli.mpo.sweep import fit
 from mpocli.mpo.weighted import WeightedSVD, svd_shape, weighted_square
 
@@ -106,3 +107,26 @@ def test_large_cores_take_conjugate_gradients_and_still_gain(monkeypatch: pytest
     iterated = fit(w, start, gram, sweeps=3, tol=0.0)
     assert all(b < a for a, b in zip(iterated.errors, iterated.errors[1:], strict=False))
     assert direct.errors[-1] <= iterated.errors[-1] < direct.errors[0]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_target_ends_only_what_cannot_reach_it(both: bool) -> None:
+    sites = SiteShape((4, 4), (4, 4))
+    # As in real layers: some structure, and weights that are nowhere near singular.
+    exact = MPO((normal(1, 4, 4, 3, seed=5), normal(3, 4, 4, 1, seed=6)), (16, 16))
+    w = exact.to_matrix() + normal(16, 16, seed=9)
+    gram = regularised(skewed_gram(16, 10), 48, least=0.3)
+    output = regularised(skewed_gram(16, 11), 48, least=0.3) if both else None
+    start, _ = decompose(w, sites, Truncation(5))
+    free = fit(w, start, gram, output, sweeps=8, tol=0.0)
+    # Reached: the sweeps are those without a target, summed in single precision.
+    reached = fit(w, start, gram, output, sweeps=8, tol=0.0, target=free.errors[-1] * 1.01)
+    assert reached.errors == pytest.approx(free.errors, rel=1e-4)
+    # Out of reach by a little: some sweeps, and no more than it takes to see that.
+    close = fit(w, start, gram, output, sweeps=8, tol=0.0, target=free.errors[-1] * 0.9)
+    assert 1 < len(close.errors) <= len(free.errors)
+    gains = [a - b for a, b in zip(close.errors, close.errors[1:], strict=False)]
+    left = 8 - len(gains)
+    assert left == 0 or close.errors[-1] - left * gains[-1] > free.errors[-1] * 0.9
+    # Far out of reach: nothing.
+    assert fit(w, start, gram, output, sweeps=8, target=1e-9 * free.errors[-1]).errors == reached.errors[:1]

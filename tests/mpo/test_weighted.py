@@ -9,8 +9,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.mpo.gram import FLOOR, regularised, roots
-from mpocli.mpo.weighted import WeightedSVD, weighted_square
+from mpocli.mpo.gram import FLOOR, factor, regularised, roots
+from mpocli.mpo.weighted import WeightedSVD, spectrum, weighted_square
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -38,6 +38,13 @@ def test_it_is_the_closed_form(rows: int, columns: int, rank: int) -> None:
     made = svd.mpo(rank).to_matrix()
     np.testing.assert_allclose(made.numpy(), closed_form(w, g, h, rank), rtol=1e-6, atol=1e-7)
     assert svd.lost(rank) == pytest.approx(weighted_square(w - made, g, h), rel=1e-6, abs=1e-9 * svd.total)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 11), (11, 6)])
+def test_the_spectrum_alone_is_the_same(rows: int, columns: int) -> None:
+    w, g, h = matrix(rows, columns), gram(columns, 40), gram(rows, 40, 2)
+    svd = WeightedSVD.of(w, g, h)
+    torch.testing.assert_close(spectrum(w, g, h), svd.weights, rtol=1e-9, atol=1e-12 * svd.total)
 
 
 def test_without_weights_it_is_the_plain_svd() -> None:
@@ -121,6 +128,18 @@ def test_roots_are_roots_even_of_what_round_off_made_negative() -> None:
     spoiled = torch.diag(torch.tensor([1.0, -1e-12, 0.0], dtype=torch.float64))
     root, inverse = roots(spoiled)
     assert bool(torch.isfinite(inverse).all()) and float(root[1, 1]) > 0
+
+
+@pytest.mark.parametrize("least", [1e-7, 1e-4, 0.3])
+def test_a_factor_is_cholesky_only_where_no_eigenvalue_needs_raising(least: float) -> None:
+    values = torch.tensor([1.0, 1.0, 1.0, 1.0 * least], dtype=torch.float64)
+    basis = torch.linalg.qr(matrix(4, 4, 7)).Q
+    g = (basis * values) @ basis.T
+    r, inverse = factor(g, floor=1e-5)
+    raised = values.clamp_min(1e-5 * float(values.mean()))
+    torch.testing.assert_close(r.T @ r, (basis * raised) @ basis.T)
+    torch.testing.assert_close(r @ inverse, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(r, r.triu()) == (least > 1e-5)
 
 
 def test_sums_that_are_not_finite_are_refused() -> None:
