@@ -12,8 +12,8 @@ E2E's development set.
 
 Healing: 200 steps of `finetune --update all`, on the text that the model was trained on (GPT-2, T5) or on STS-B as a
 regression over pairs, whose predictions Spearman's correlation is then of (MiniLM); the dense model gets the same
-steps. Each arm takes that of three rates which is best at 20 % on other data: validation text, E2E's test pairs, the
-last 500 training pairs of STS-B. Results are kept in DIR, so that a run that was stopped goes on.
+steps. Each arm takes that of three rates which is best at 20 % on other data: 500 windows of validation text, 500 of
+E2E's test pairs, the last 500 training pairs of STS-B. Results are kept in DIR, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from losses import e2e_loss, embeddings, window_perplexity
 from runs import mpocli, parser
 
 RATIOS = (0.8, 0.6, 0.4, 0.2, 0.1)
-TUNED_AT = 0.2
+TUNED_AT, CHOICES = 0.2, 500
 ARMS: dict[str, tuple[str, ...]] = {
     "paper-shape MPO": ("--shapes", "paper", "--allocation", "uniform", "--sweeps", "0"),
     "plain SVD": ("--shapes", "svd", "--allocation", "uniform"),
@@ -58,7 +58,8 @@ class Setup:
     rates: tuple[float, ...]
     chosen_on: str
     evaluated_on: str
-    healed: Callable[[Path, Path, Path], float]  # of a healed model in a file; smaller is better
+    # Of a healed model in a file, or the first so many of its windows or pairs; smaller is better.
+    healed: Callable[[Path, Path, Path, int | None], float]
 
 
 def gpt2(model_dir: Path, source: Path, data: Path) -> Metrics:
@@ -69,7 +70,7 @@ def minilm(model_dir: Path, source: Path, data: Path) -> Metrics:
     return dict(zip(("cosine", "Spearman"), embeddings(model_dir, source, data / "stsb" / "dev.tsv"), strict=True))
 
 
-def predicted_scores(model_dir: Path, source: Path, file: Path) -> float:
+def predicted_scores(model_dir: Path, source: Path, file: Path, most: int | None = None) -> float:
     report = mpocli("eval", model_dir, "--task", "stsb", "--eval", file, "--max-length", 64, threads=1)
     return -float(report["metrics"]["spearmanr"])
 
@@ -181,7 +182,8 @@ class Table:
         out = self.trained(arm, ratio, rate)
         trained = json.loads(out.with_name(f"{out.name}.json").read_text())["minutes"]
         name = f"{out.name}-{Path(file).stem}"
-        found = self.kept(name, lambda: {"healed": self.setup.healed(out, self.chosen.model, self.file(file))})
+        most = CHOICES if file == self.setup.chosen_on else None
+        found = self.kept(name, lambda: {"healed": self.setup.healed(out, self.chosen.model, self.file(file), most)})
         return found | {"minutes": found["minutes"] + trained}
 
     def split_stsb(self) -> None:
