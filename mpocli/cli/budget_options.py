@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpocli.cli import task_options as task_
-from mpocli.cli.options import at_least, one_of, parse_bytes
+from mpocli.cli.options import at_least, one_of, parse_bytes, share
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ PLAN = "Planned to a budget"
 Ratio = Annotated[
     float | None,
     typer.Option(
-        "--ratio", metavar="X", help="Keep this part of the selected matrices' parameters.", rich_help_panel=PLAN
+        "--ratio",
+        metavar="X",
+        parser=lambda text: share(text, "--ratio"),
+        help="Keep this part of the selected matrices' parameters, as 0.5 or 50%.",
+        rich_help_panel=PLAN,
     ),
 ]
 MaxBytes = Annotated[
@@ -47,7 +52,10 @@ Shapes = Annotated[
 Calibrate = Annotated[
     str | None,
     typer.Option(
-        "--calibrate", metavar="DATA", help="Text, or with --task its rows, to judge errors by.", rich_help_panel=PLAN
+        "--calibrate",
+        metavar="DATA",
+        help="Text, rows of a --task, or a task by its name (the hub's rows), to judge errors by.",
+        rich_help_panel=PLAN,
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=PLAN)]
@@ -134,6 +142,10 @@ def parse(
         return None
     if calibrate is None:
         _refuse(given, OF_CALIBRATION, "no --calibrate", "name a text: --calibrate wiki.train.txt")
+    else:
+        from mpocli.train.data import check_source
+
+        check_source(calibrate)  # before anything slow
 
     from mpocli.methods.budget import Budget
     from mpocli.methods.calibration_data import Calibration
@@ -152,6 +164,20 @@ def parse(
         calibration=None if calibrate is None else Calibration(calibrate, samples, seq_len),
         data=data,
     )
+
+
+def named_task(calibrate: str | None, task: str | None) -> tuple[str | None, str | None]:
+    """(source, task): where a task's name stands for a text, the hub's rows of it; else what was given."""
+    from mpocli.train.tasks import TASKS
+
+    found = TASKS.get(calibrate or "")
+    if task is not None or found is None or Path(found.name).exists():
+        return calibrate, task
+    if not found.hub:
+        raise UsageError(
+            f"--calibrate {found.name}: the hub has no rows of this task", hint=f"--task {found.name} --calibrate FILE"
+        )
+    return found.hub, found.name
 
 
 def data(

@@ -60,6 +60,19 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+def share(text: str, option: str) -> float:
+    """`0.5` or `50%`; `UsageError` for what is no number.
+
+    >>> share("30%", "--ratio"), share("0.3", "--ratio")
+    (0.3, 0.3)
+    """
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is no share", hint="write it as 0.5 or 50%") from None
+
+
 def parse_layers(text: str | None) -> tuple[str, ...] | None:
     """`attention,ffn` as roles; `UsageError` for a word that is none."""
     if text is None:

@@ -101,14 +101,20 @@ def data_options(
     at_least(batch_option, eval_batch_size, 1)
     at_least("--max-new-tokens", max_new_tokens, 1)
 
-    from mpocli.methods.task_data import DataOptions
+    from mpocli.train.data import check_source
     from mpocli.train.tasks import task_named
 
     found = task_named(task)
+    for source in (train, *(evaluate or ()), test):
+        if source is not None:
+            check_source(source)  # before anything slow
     if found.needs_columns and not text_column:
         raise UsageError(f"--task {task} needs --text-column", hint="name the column of the text, and --label-column")
     if found.needs_columns and label_column is None:
         raise UsageError(f"--task {task} needs --label-column", hint="name the column of the labels")
+
+    from mpocli.methods.task_data import DataOptions
+
     return DataOptions(
         task=found.name,
         train=train,

@@ -290,7 +290,7 @@ def model_card(manifest: Manifest, license_name: str | None = None, class_name: 
     front += ["tags:", *(f"- {tag}" for tag in (*tags, "mpocli"))] if tags else []
     front += [f"base_model: {base}"] if hub_id else []
     front += [f"license: {license_name}"] if license_name else []
-    what = ", as matrix product operators" if manifest.modules else ", sparse" if manifest.encodings else ""
+    what = f", as {_form(manifest)}" if manifest.modules else ", sparse" if manifest.encodings else ""
     lines = [*front, "---", "", f"# {base}{what}", ""]
     if totals is not None:
         lines += [
@@ -298,6 +298,8 @@ def model_card(manifest: Manifest, license_name: str | None = None, class_name: 
             "|---|---:|---:|",
             f"| parameters | {totals.params:,} | {totals.dense_params:,} |",
             f"| bytes of weights | {totals.bytes:,} | {totals.dense_bytes:,} |",
+            "",
+            "Bytes are those of the weight files; dense, of the parameters in the same dtype.",
             "",
         ]
     said = []
@@ -326,6 +328,13 @@ def model_card(manifest: Manifest, license_name: str | None = None, class_name: 
         lines += [f"- `mpocli {entry['command']}` {_spelled(entry['options'])}".rstrip() for entry in manifest.history]
         lines += [""]
     return "\n".join(lines)
+
+
+def _form(manifest: Manifest) -> str:
+    """What the modules are: truncated SVDs where every shape is (O, 1)x(1, I)."""
+    sites = [module.spec.sites for module in manifest.modules]
+    svd = all(shape.out_dims[1:] == (1,) and shape.in_dims[:-1] == (1,) for shape in sites)
+    return "truncated SVDs (two-site matrix product operators)" if svd else "matrix product operators"
 
 
 def _spelled(options: dict[str, Any]) -> str:

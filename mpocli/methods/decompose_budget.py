@@ -167,14 +167,17 @@ def _decided(plan: WeightPlan, found: Solution | str | None) -> WeightPlan:
 def _warn_of_few(norms: Norms, chosen: Sequence[Weight], warn: Callable[[str], None]) -> None:
     assert norms.store is not None
     worst: tuple[float, str] | None = None
+    few = seen = 0
     for weight in chosen:
         if weight.kind == "embedding" or weight.name not in norms.store:
             continue
         tokens, inputs = norms.store.tokens(weight.name), weight.shape[1]
+        seen += 1
+        few += tokens < _FEW_TOKENS * inputs
         if tokens < _FEW_TOKENS * inputs and (worst is None or tokens / inputs < worst[0]):
-            worst = tokens / inputs, f"{weight.name}: {tokens} calibration tokens for {inputs} inputs"
+            worst = tokens / inputs, f"{tokens} tokens for the {inputs} inputs of {weight.name}"
     if worst is not None:
-        warn(f"{worst[1]}: raise --samples or --seq-len")
+        warn(f"little calibration data for {few} of {seen} matrices ({worst[1]}): raise --samples or --seq-len")
 
 
 def _refit(

@@ -375,6 +375,12 @@ def _open(source: str, task: Task | None, text_columns: Sequence[str], split: st
     raise InputError(f"{source}: {suffix or 'no suffix'} is no format that is read", hint=f"use {', '.join(FORMATS)}")
 
 
+def check_source(source: str) -> None:
+    """`InputError` for a file that is not there; of hub data sets nothing is known yet."""
+    if _is_file(source):
+        _existing(Path(source).expanduser())
+
+
 def _is_file(source: str) -> bool:
     """Whether a file is meant: it is there, or it looks like one and not like NAME or OWNER/NAME."""
     path = Path(source)

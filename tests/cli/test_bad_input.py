@@ -65,6 +65,10 @@ USAGE = {
     "size that is none": (["--max-shard-size", "big"], "'big'"),
     "size of zero": (["--max-shard-size", "0GB"], "'0GB'"),
     "size in an unknown unit": (["--max-shard-size", "5iB"], "'5iB'"),
+    "share that is no number": (["--ratio", "half"], "--ratio 'half'"),
+    "share of a hundred": (["--ratio", "60"], "--ratio 60.0"),
+    "calibration without a budget": (["--calibrate", "x.txt"], "--calibrate with no budget"),
+    "task that the hub has no rows of": (["--ratio", "50%", "--calibrate", "e2e"], "--calibrate e2e"),
     "seed that is no number": (["--seed", "x"], "'--seed'"),
 }
 

@@ -272,7 +272,7 @@ def test_the_human_report_names_the_sizes(cli: Cli, bert: Path, work: Path) -> N
 REFUSED = [
     ("top-k", ["--router", "topk", "--top-k", 4], 2, ["--top-k 4", "--experts 3"]),
     ("switch-k", ["--top-k", 2], 2, ["switch", "2"]),
-    ("experts", ["--experts", 0], 2, ["--experts"]),
+    ("experts", ["--experts", 1], 2, ["--experts 1", "at least 2"]),
     ("capacity", ["--capacity-factor", 0], 2, ["--capacity-factor 0"]),
     ("capacity-nan", ["--capacity-factor", "nan"], 2, ["--capacity-factor"]),
     ("mask", ["--mask-prob", 2], 2, ["--mask-prob", "2"]),

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cli import tasks
 from cli.shell import Cli, refused, succeeded, tree
+from mpocli.cli.budget_options import named_task
 from mpocli.hf.moments import Probe, collect
 from mpocli.mpo.gram import regularised
 
@@ -156,12 +157,23 @@ def test_max_error_bounds_every_matrix_and_is_nearly_reached(
 def test_eight_samples_warn_and_give_a_sane_result(cli: Cli, deep: Path, lab: Path, work: Path) -> None:
     few = ["--calibrate", lab / "train.txt", "--samples", 2, "--seq-len", 8]
     done = succeeded(cli("decompose", deep / "bert", *BLOCKS, "--ratio", 0.5, *few, "-o", "out", "--json"))
-    assert any("calibration tokens for" in warning for warning in done.json["warnings"])
+    assert any("little calibration data for" in warning for warning in done.json["warnings"])
     before, after = (tf.AutoModel.from_pretrained(path).eval() for path in (deep / "bert", work / "out"))
     ids = torch.arange(6, 30).reshape(2, 12)
     with torch.no_grad():
         a, b = before(ids).last_hidden_state, after(ids).last_hidden_state
     assert bool(torch.isfinite(b).all()) and float((a - b).norm() / a.norm()) < 1.5
+
+
+def test_a_task_by_its_name_means_the_hubs_rows_unless_a_file_is_called_so(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    assert named_task("sst2", None) == ("nyu-mll/glue:sst2", "sst2")
+    assert named_task("rows.tsv", "sst2") == ("rows.tsv", "sst2")
+    assert named_task("wiki.txt", None) == ("wiki.txt", None)
+    (work / "sst2").write_text("a text")
+    assert named_task("sst2", None) == ("sst2", None)
 
 
 def test_the_same_seed_gives_the_same_bytes(run: Plan, deep: Path, lab: Path, work: Path) -> None:

@@ -10,8 +10,19 @@ import torch
 from families import logits, make
 
 from mpocli.methods import decompose
+from mpocli.methods.budget import Budget
 from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule
+
+
+def test_the_card_names_what_the_modules_are(tmp_path: Path) -> None:
+    make("gpt2", tmp_path / "dense")
+    for name, budget, what in (
+        ("svd", Budget(ratio=0.5, shapes="svd"), "truncated SVDs"),
+        ("mpo", None, "matrix product"),
+    ):
+        decompose.run(str(tmp_path / "dense"), DecomposeConfig(budget=budget), tmp_path / name)
+        assert f", as {what}" in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["bert-classifier", "gpt2", "t5"])

@@ -163,6 +163,7 @@ def command(
     one_of("--dtype", dtype, options.DTYPES)
     roles = options.parse_layers(layers)
     shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
+    calibrate, task = plan.named_task(calibrate, task)
     budget = plan.parse(
         options.given(context),
         ratio=ratio,

@@ -122,7 +122,8 @@ def command(
     """
     one_of("--share", share, ("central", "none"))
     one_of("--router", router, ("switch", "topk"))
-    for option, number in (("--experts", experts), ("--top-k", top_k), ("--trunc", trunc)):
+    at_least("--experts", experts, 2)
+    for option, number in (("--top-k", top_k), ("--trunc", trunc)):
         at_least(option, number, 1)
     if sites is not None:
         check_sites(sites)

@@ -62,6 +62,7 @@ def command(
     """
     options.check_sites(sites)
     one_of("--dtype", dtype, options.DTYPES)
+    calibrate, task = budget_.named_task(calibrate, task)
     budget = budget_.parse(
         options.given(context),
         ratio=ratio,
