@@ -208,7 +208,7 @@ def main() -> None:
             arm: min(setup.rates, key=lambda rate: choices[arm, TUNED_AT, rate, setup.chosen_on]["healed"])
             for arm in healing
         }
-        cells = [(arm, ratio) for ratio in RATIOS for arm in healing if arm != DENSE or ratio == TUNED_AT]
+        cells = [(arm, ratio) for ratio in reversed(RATIOS) for arm in healing if arm != DENSE or ratio == TUNED_AT]
         again = pool.map(lambda cell: table.healed(*cell, best[cell[0]], setup.evaluated_on), cells)
         healed = dict(zip(cells, again, strict=True))
     for column in dense:
