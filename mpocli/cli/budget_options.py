@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpocli.methods.task_data import DataOptions
 
 PLAN = "Planned to a budget"
+_WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 Ratio = Annotated[
     float | None,
@@ -168,14 +169,19 @@ def parse(
 
 def named_task(calibrate: str | None, task: str | None) -> tuple[str | None, str | None]:
     """(source, task): where a task's name stands for a text, the hub's rows of it; else what was given."""
-    from mpocli.train.tasks import TASKS
+    from mpocli.train.tasks import task_named
 
-    found = TASKS.get(calibrate or "")
-    if task is not None or found is None or Path(found.name).exists():
+    if calibrate is None or not _WORD.fullmatch(calibrate):
+        return calibrate, task
+    try:
+        found = task_named(calibrate)
+    except UsageError:
+        return calibrate, task
+    if task is not None and task_named(task) != found:
         return calibrate, task
     if not found.hub:
         raise UsageError(
-            f"--calibrate {found.name}: the hub has no rows of this task", hint=f"--task {found.name} --calibrate FILE"
+            f"--calibrate {calibrate}: the hub has no rows of this task", hint=f"--task {found.name} --calibrate FILE"
         )
     return found.hub, found.name
 

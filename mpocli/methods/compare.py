@@ -66,7 +66,7 @@ def compare(
 
     def whitened_svd(weight: Weight) -> Made:
         norm, subject = shop.subject(weight)
-        return _made(Subject(subject.matrix, norm.input_gram).svd_within(share(weight)), weight)
+        return _made(Subject(subject.matrix, shop.moved(norm.input_gram)).svd_within(share(weight)), weight)
 
     def plan(weight: Weight) -> Made:
         solution = solutions[weight.name]

@@ -84,9 +84,10 @@ class Norms:
     def _of_layer(self, moments: Moments, weight: Weight) -> Norm:
         assert moments.gram is not None
 
+        second, tokens = moments.gram, moments.tokens
+
         def gram(least: float = FLOOR) -> Tensor:
-            assert moments.gram is not None
-            return regularised(moments.gram, moments.tokens, least=least, name=weight.name)
+            return regularised(second, tokens, least=least, name=weight.name)
 
         if moments.output_trace is None:
             plain = gram()

@@ -11,8 +11,6 @@ from mpocli.mpo.weighted import weighted_square
 # Sizes that are tried for a shape, and the part of a matrix below which the next one is not worth a fit.
 _TRIALS, _CLOSE = 6, 0.02
 _ROUNDINGS, _LESS = 5, 0.95
-# To which a measured error is good.
-_DIGITS = 1e-6
 # What is tried first where no truncated SVD says how large it has to be.
 _FIRST = 0.6
 
@@ -27,7 +25,7 @@ def smallest_within(shop: Workshop, weight: Weight, limit: float) -> Solution | 
             break
         made = shop.keep(weight, best, norm, subject)
         error = made.relative_error if made.weighted_error is None else made.weighted_error
-        if error <= limit * (1 - _DIGITS):
+        if error <= limit:
             return made
         # Rounding to the stored dtype has added to it.
         allowed *= _LESS * (limit / error) ** 2

@@ -82,9 +82,9 @@ class Workshop:
         return norm, self._in(norm, matrix)
 
     def _in(self, norm: Norm, matrix: Tensor) -> Subject:
-        return Subject(matrix, self._moved(norm.gram), self._moved(norm.output))
+        return Subject(matrix, self.moved(norm.gram), self.moved(norm.output))
 
-    def _moved(self, square: Tensor | None) -> Tensor | None:
+    def moved(self, square: Tensor | None) -> Tensor | None:
         return None if square is None else square.to(self.device, working_dtype(self.device))
 
     def scale(self, weight: Weight, norm: Norm, subject: Subject) -> float:
@@ -123,7 +123,7 @@ class Workshop:
         difference = subject.wide - stored.to(dtype=subject.wide.dtype).to_matrix()
         path = self.folder / f"{name}.safetensors"
         save_file({f"core_{k}": core.cpu().contiguous() for k, core in enumerate(cores)}, path)
-        gram = self._moved(norm.input_gram)
+        gram = self.moved(norm.input_gram)
         return Solution(
             name=made.candidate.name,
             sites=made.mpo.site_shape,
@@ -148,8 +148,5 @@ class Workshop:
 
 
 def _relative(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
-    """Six digits of it: products with a Gram matrix are in single precision."""
-    if gram is not None:
-        difference, matrix, gram = difference.float(), matrix.float(), gram.float()
     whole = weighted_square(matrix, gram)
     return math.sqrt(max(weighted_square(difference, gram), 0.0) / whole) if whole else 0.0

@@ -89,7 +89,7 @@ class Subject:
     def fitted(self, candidate: Candidate, bonds: Sequence[int], sweeps: int, *, target: float = math.inf) -> Fitted:
         """A candidate with given bonds (n+1 numbers): truncated, then swept over in the norm.
 
-        Where it is clear that it will lose more than `target`, it is left as far as it has got.
+        Where it will hardly lose less than `target`, fewer sweeps are made, or none.
         """
         start, _ = decompose(self.matrix, candidate.sites, Truncation(tuple(bonds[1:-1])))
         if sweeps == 0:
@@ -119,7 +119,7 @@ class Subject:
         bonds = self._bonds(candidate, params)
         if bonds is None:
             return None
-        key = candidate, bonds
+        key = candidate, bonds  # later targets only fall, and what is chosen has reached its own
         if key not in self._trials:
             if candidate.sites.sites == 2:
                 start = sketched(self.matrix, candidate.sites, bonds[1])

@@ -22,7 +22,8 @@ def sketched(matrix: Tensor, sites: SiteShape, bond: int, seed: int = 0) -> MPO:
     single precision, instead of a factorisation.
     """
     tall = by_site(matrix, sites).reshape(sites.site_sizes[0], sites.site_sizes[1])
-    narrow = tall.float()
+    largest = float(tall.abs().max())
+    narrow = (tall / largest if largest else tall).float()  # squares must neither overflow nor vanish
     columns = min(bond + _MORE, *tall.shape)
     # Drawn on the CPU, so that a seed means the same on every device.
     drawn = torch.randn(tall.shape[1], columns, generator=torch.Generator().manual_seed(seed))

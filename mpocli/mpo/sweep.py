@@ -22,10 +22,9 @@ from mpocli.mpo.preconditioner import Solver, by_factors, by_inputs
 # Kronecker product stand for them.
 DIRECT_UNKNOWNS = 1536
 _TO_SOLVE, _TO_PRECONDITION = 32, 2
-# How many times the error to get below may stand at the start, and after the first core. Of 300 fits to matrices of
-# real models, by inputs and outputs or by inputs alone, those that came within 5 % of it began at most 20 times and
-# stood at most 5.1 times above it after the first core.
-_START, _FIRST_CORE = 40.0, 6.0
+# How many times the error to get below may stand after the first core: of 300 fits to matrices of real models, those
+# that came within 5 % of it stood at most 5.1 times above it then. The start says nothing: it is blind to the norm.
+_FIRST_CORE = 6.0
 # Steps of conjugate gradients at most, and what they leave of the squared residual in the preconditioner's norm: not
 # less, since the other cores are not final either. Inputs alone have outliers, and nothing but these steps for them.
 _STEPS, _TOL = 6, 1e-3
@@ -56,24 +55,22 @@ def fit(
     (one-site DMRG of a quadratic form), the normal equations are Eᵀ (H ⊗ G) E C = Eᵀ (H W G). Without output weights
     they are the same for every o_k, of size χ_{k−1} i_k χ_k, and solved exactly up to `DIRECT_UNKNOWNS`; all others
     by a few steps of conjugate gradients from the core as it is (`preconditioner`). One sweep goes to the last core
-    and back. Stops after `sweeps`, or as soon as a sweep takes off less than `tol` of the error, or when it is clear
-    that the error will not get below `target`: by far too large at the start or after the first core, or too large for
-    what the sweeps that are left can take off, if none takes off more than the last one. The error never grows: a sweep
-    that round-off would let grow is not taken.
+    and back. Stops after `sweeps`, or as soon as a sweep takes off less than `tol` of the error, or when the error will
+    hardly get below `target`: far too large after the first core (the start comes back then), or too large for what the
+    sweeps that are left can take off, if none takes off more than the last one. The error never grows: a sweep that
+    round-off would let grow is not taken.
 
     W is (O, I), G (I, I), H (O, O), None the identity, all without padding, which is fitted to zero and not counted;
-    keeps the bond dimensions. Cores and equations are float64, errors too where there is no `target`, products inside
-    conjugate gradients float32: G and H that are both nearly singular need `gram.regularised` first. Raises
-    `NumericsError` where the equations cannot be solved.
+    keeps the bond dimensions. Cores, equations and errors are float64, products inside conjugate gradients float32: G
+    and H that are both nearly singular need `gram.regularised` first. With a `target` and weights on both sides errors
+    are float32 too. Raises `NumericsError` where the equations cannot be solved.
     """
-    problem = _Problem.of(matrix, start, gram, output, exact=target == math.inf)
+    problem = _Problem.of(matrix, start, gram, output, exact=target == math.inf or output is None)
     centred = canonicalize(start, 0)
     cores = list(centred.cores)
     errors = [problem.error(cores)]
     best = list(cores)
     for left in range(sweeps - 1, -1, -1):
-        if len(errors) == 1 and errors[0] > _START * target:
-            break
         if not _sweep(problem, cores, _FIRST_CORE * target if len(errors) == 1 else math.inf):
             break
         error = problem.error(cores)
@@ -134,7 +131,7 @@ class _Problem:
     output: Tensor | None  # (O, O), None for the identity
     shape: tuple[int, int]  # without padding
     scale: float  # of the error
-    exact: bool  # whether errors are in the working dtype, or good to six digits in half the time
+    exact: bool  # whether errors are in the working dtype; outliers of inputs alone cancel in float32
     # H (W − Ŵ) G of the cores as they are, None where that is not known. In single precision: steps along directions
     # that it has bent are still steps down, and errors are summed anew after every sweep.
     _residual: Tensor | None = None

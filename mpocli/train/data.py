@@ -378,7 +378,7 @@ def _open(source: str, task: Task | None, text_columns: Sequence[str], split: st
 def check_source(source: str) -> None:
     """`InputError` for a file that is not there; of hub data sets nothing is known yet."""
     if _is_file(source):
-        _existing(Path(source).expanduser())
+        _existing(Path(source))
 
 
 def _is_file(source: str) -> bool:

@@ -242,7 +242,7 @@ def _arguments(
         max_grad_norm=chosen.clip,
         bf16=chosen.precision == "bf16",
         use_cpu=device.type == "cpu",
-        logging_steps=min(chosen.log_steps, steps),  # at least the last one
+        logging_steps=chosen.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if checkpoints else "no",

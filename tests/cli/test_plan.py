@@ -165,15 +165,11 @@ def test_eight_samples_warn_and_give_a_sane_result(cli: Cli, deep: Path, lab: Pa
     assert bool(torch.isfinite(b).all()) and float((a - b).norm() / a.norm()) < 1.5
 
 
-def test_a_task_by_its_name_means_the_hubs_rows_unless_a_file_is_called_so(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(work)
-    assert named_task("sst2", None) == ("nyu-mll/glue:sst2", "sst2")
-    assert named_task("rows.tsv", "sst2") == ("rows.tsv", "sst2")
-    assert named_task("wiki.txt", None) == ("wiki.txt", None)
-    (work / "sst2").write_text("a text")
-    assert named_task("sst2", None) == ("sst2", None)
+def test_a_task_by_its_name_means_the_hubs_rows() -> None:
+    for name in ("sst2", "SST-2"):
+        assert named_task(name, None) == named_task(name, "sst2") == ("nyu-mll/glue:sst2", "sst2")
+    for given in (("rows.tsv", "sst2"), ("wiki.txt", None), ("./sst2", None), ("wikitext", None), (None, "sst2")):
+        assert named_task(*given) == given
 
 
 def test_the_same_seed_gives_the_same_bytes(run: Plan, deep: Path, lab: Path, work: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpocli.errors import UsageError
-from mpocli.mpo import SiteShape, site_shape
+from mpocli.mpo import MPO, SiteShape, site_shape
 from mpocli.mpo.budget import Curve, allocate
-from mpocli.mpo.candidates import all_of, bonds_within, papers, unbalanced
+from mpocli.mpo.candidates import Candidate, all_of, bonds_within, papers, unbalanced
 from mpocli.mpo.fitting import Subject, interpolated
+from mpocli.mpo.gram import regularised
 
 POINTS = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 100)), min_size=1, max_size=5)
 
@@ -135,6 +137,41 @@ def test_kronecker_structure_is_found_and_noise_is_left_to_the_svd() -> None:
     assert found is not None and found.name == "balanced"
     low_rank = Subject(torch.outer(noise[0], noise[1]) + 0.01 * noise)
     assert low_rank.most_promising(chains, 600) is None
+
+
+def structured(outlier: float, least: float) -> Subject:
+    """Two sites and noise, under inputs of which one direction is far larger than all others."""
+    generator = torch.Generator().manual_seed(1)
+    first, second, noise, direction = (
+        torch.randn(*size, dtype=torch.float64, generator=generator)
+        for size in ((1, 8, 8, 3), (3, 8, 8, 1), (64, 64), (64,))
+    )
+    exact = MPO((first, second), (64, 64)).to_matrix()
+    inputs = torch.eye(64, dtype=torch.float64) + outlier**2 * torch.outer(direction, direction)
+    gram = regularised(inputs * 30_000, 30_000, least=least)
+    return Subject(exact / exact.std() + 0.3 * noise, gram, regularised(noise @ noise.T, 64, least=0.3))
+
+
+@pytest.mark.parametrize("outlier", [0.0, 30.0, 100.0])
+def test_an_outlier_among_the_inputs_hides_no_structure(outlier: float) -> None:
+    """Truncation starts hundreds of times above the best error there, and the first core makes up for it."""
+    subject = replace(structured(outlier, 1e-6), output=None)
+    chains = [candidate for candidate in all_of(64, 64) if candidate.name != "svd"]
+    found = subject.most_promising(chains, 1500)
+    plain = subject.svd_within(1500)
+    assert found is not None and plain is not None
+    made = subject.fitted_within(found, 1500, 10, target=plain.loss)
+    assert made is not None and made.loss < plain.loss
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_loss_of_a_fit_with_a_target_is_that_of_its_cores(both: bool) -> None:
+    subject = structured(30.0, 0.3 if both else 1e-6)
+    subject = subject if both else replace(subject, output=None)
+    plain = subject.svd_within(1500)
+    assert plain is not None
+    made = subject.fitted_within(Candidate("balanced", SiteShape((8, 8), (8, 8))), 1500, 4, target=plain.loss)
+    assert made is not None and made.loss == pytest.approx(subject.loss_of(made.mpo), rel=1e-10)
 
 
 def test_interpolation_passes_through_its_points_and_falls() -> None:

@@ -29,9 +29,21 @@ def test_it_loses_little_more_than_truncation_and_never_less(sites: SiteShape, b
     assert all(torch.equal(a, b) for a, b in zip(made.cores, sketched(w, sites, bond).cores, strict=True))
 
 
-def test_a_matrix_of_low_rank_is_found_and_sizes_are_padded() -> None:
-    w = decaying(13, 11, 1)[:, :3] @ torch.ones(3, 11)
+def test_structure_is_found_and_sizes_are_padded() -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(4, 3, generator=generator) for _ in range(2))
+    made = sketched(torch.kron(a, b), SiteShape((4, 4), (3, 3)), 1)
+    torch.testing.assert_close(made.to_matrix().float(), torch.kron(a, b), rtol=1e-4, atol=1e-5)
     sites = site_shape(13, 11, 2)
-    made = sketched(w, sites, 400)
-    assert made.shape == (13, 11)
-    torch.testing.assert_close(made.to_matrix().float(), w, rtol=1e-4, atol=1e-5)
+    padded = sketched(decaying(13, 11, 2), sites, 2)
+    assert padded.shape == (13, 11) and padded.to_matrix().shape == (13, 11)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_the_scale_of_a_matrix_changes_nothing(scale: float) -> None:
+    w, sites = decaying(64, 64, 3).double(), SiteShape((8, 8), (8, 8))
+    torch.testing.assert_close(sketched(w * scale, sites, 5).to_matrix() / scale, sketched(w, sites, 5).to_matrix())
+
+
+def test_a_matrix_of_zeros_stays_zero() -> None:
+    assert not bool(sketched(torch.zeros(64, 64), SiteShape((8, 8), (8, 8)), 5).to_matrix().any())
