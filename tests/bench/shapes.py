@@ -27,6 +27,7 @@ from mpocli.mpo.candidates import Candidate, all_of
 from mpocli.mpo.factorize import site_shape
 from mpocli.mpo.fitting import Subject
 from mpocli.mpo.gram import regularised
+from mpocli.mpo.sweep import fit
 from mpocli.mpo.weighted import weighted_square
 
 COLUMNS = ("plain SVD", "whitened SVD", "balanced", "balanced, 4 sweeps", "auto")
@@ -37,7 +38,7 @@ def errors(matrix: Tensor, gram: Tensor, ratio: float) -> tuple[list[float], str
     size = int(ratio * matrix.numel())
     balanced = Candidate("balanced", site_shape(*matrix.shape, 2))
     truncated = plain.fitted_within(balanced, size, 0)
-    swept = subject.fitted(balanced, truncated.mpo.bond_dims, 4, tol=0.0)
+    swept = fit(matrix, truncated.mpo, gram, sweeps=4, tol=0.0)
     chains = [candidate for candidate in all_of(*matrix.shape) if candidate.name != "svd"]
     auto = [subject.svd_within(size)]
     chain = subject.most_promising(chains, size)
