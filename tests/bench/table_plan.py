@@ -85,7 +85,7 @@ SETUPS: dict[str, Setup] = {
         ("wikitext2/train.txt", "--samples", 64, "--seq-len", 256),
         gpt2,
         ("--task", "lm", "--train", "wikitext2/train.txt", "--max-length", 64, "--batch-size", 4),
-        (3e-4, 1e-3, 3e-3),
+        (1e-4, 3e-4, 1e-3),
         "wikitext2/valid.txt",
         "wikitext2/test.txt",
         window_perplexity,
