@@ -84,8 +84,8 @@ SETUPS: dict[str, Setup] = {
     "gpt2": Setup(
         ("wikitext2/train.txt", "--samples", 64, "--seq-len", 256),
         gpt2,
-        ("--task", "lm", "--train", "wikitext2/train.txt", "--max-length", 64, "--batch-size", 4),
-        (1e-4, 3e-4, 1e-3),
+        ("--task", "lm", "--train", "wikitext2/train.txt", "--max-length", 256, "--batch-size", 4),
+        (3e-5, 1e-4, 3e-4),
         "wikitext2/valid.txt",
         "wikitext2/test.txt",
         window_perplexity,
