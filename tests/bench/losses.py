@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -12,12 +14,20 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 
 import mpocli  # noqa: F401 (so that from_pretrained knows the format)
 
+# Two at a time lose tied weights: from_pretrained changes what all threads share.
+_LOADING = Lock()
+
+
+def _loaded(kind: Any, model_dir: Path) -> Any:
+    with _LOADING:
+        return kind.from_pretrained(model_dir).eval()
+
 
 @torch.no_grad()
 def e2e_loss(model_dir: Path, source: Path, file: Path, most: int | None = None) -> float:
     """Of an encoder-decoder per target token, over the pairs of an E2E file, or the first `most` of them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).eval()
+    model = _loaded(AutoModelForSeq2SeqLM, model_dir)
     with file.open() as stream:
         rows = list(csv.DictReader(stream))[:most]
     total, count = 0.0, 0
@@ -36,7 +46,7 @@ def e2e_loss(model_dir: Path, source: Path, file: Path, most: int | None = None)
 def window_perplexity(model_dir: Path, source: Path, file: Path, most: int | None = None) -> float:
     """Of a causal model, over a text in windows of 256 tokens, or the first `most` of them."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    model = _loaded(AutoModelForCausalLM, model_dir)
     ids = torch.tensor(tokenizer(file.read_text())["input_ids"])
     windows = ids[: len(ids) // 256 * 256].view(-1, 256)[:most]
     losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in windows.split(16)]
@@ -64,7 +74,7 @@ def embeddings(model_dir: Path, source: Path, file: Path) -> tuple[float, float]
 def _embedded(model_dir: Path, source: Path, sentences: list[str]) -> torch.Tensor:
     """Unit vectors, the means over the tokens."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModel.from_pretrained(model_dir).eval()
+    model = _loaded(AutoModel, model_dir)
     order = sorted(range(len(sentences)), key=lambda k: len(sentences[k]))  # little padding
     made = torch.empty(len(sentences), model.config.hidden_size)
     for start in range(0, len(order), 64):
