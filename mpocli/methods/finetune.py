@@ -31,6 +31,7 @@ from mpocli.train.segment import (
     SegmentTrainer,
     Steps,
     last_checkpoint,
+    last_loss,
     train_segment,
 )
 from mpocli.train.updates import set_recompute, set_update
@@ -84,7 +85,8 @@ class FinetuneReport:
     """What a run did.
 
     `metrics` on the evaluation set after training and `metrics_before`, `{}` without one; `trainable_params` is what
-    the optimiser holds (at the end, before folding); `seconds` the whole run, `step_seconds` the training alone.
+    the optimiser holds (at the end, before folding); `seconds` the whole run, `step_seconds` the training alone; `loss`
+    the last that was logged, of the training data, None without a step.
     `overparam` says what became an MPO meanwhile, None where nothing was to; `routers` what those of experts did in
     training. `is_writer` is false in all but
     the first process of several, which measures and writes nothing.
@@ -104,6 +106,7 @@ class FinetuneReport:
     trainable_by_role: dict[str, int]
     totals: Totals
     truncated: dict[str, int]
+    loss: float | None = None
     overparam: OverparamReport | None = None
     routers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     is_writer: bool = True
@@ -218,6 +221,7 @@ def run(
         trainable_by_role=trainable,
         totals=checkpoint.totals(),
         truncated=data.truncated,
+        loss=last_loss(training / METRICS),
         overparam=expanded,
         routers=routed,
         is_writer=bool(state.is_main_process),

@@ -332,7 +332,7 @@ class Stretch(Sampler[int]):
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """`metrics.jsonl`: one line for every logged step. A resumed run drops what lies behind its first step.
+    """`metrics.jsonl`: one line for every logged step and the last. A resumed run drops what is behind its first step.
 
     `first` steps were logged by the segments before.
     """
@@ -346,12 +346,22 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
             self.path.write_text("".join(f"{line}\n" for line in kept))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # a run shorter than the distance of two logs says something, too
+            control.should_log = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             keys = ("loss", "learning_rate", "grad_norm", "sparsity", *(() if self.first else ("epoch",)))
             line = {"step": self.first + state.global_step, **{key: _plain(logs[key]) for key in keys if key in logs}}
             with self.path.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def last_loss(path: Path) -> float | None:
+    """The last loss in a `metrics.jsonl`, None where there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return float(json.loads(lines[-1])["loss"]) if lines else None
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]

@@ -475,3 +475,13 @@ def test_metrics_jsonl_has_every_logged_step_and_no_clock(train: Train, work: Pa
     wanted = [0.0] + [1e-2 * (12 - step) / 11 for step in range(1, 12)]
     assert [line["learning_rate"] for line in lines] == pytest.approx(wanted)
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_run_that_ends_between_two_logs_still_tells_its_loss(train: Train, work: Path) -> None:
+    every = train("mpo", "every")
+    seldom = train("mpo", "seldom", "--log-steps", 5)
+    lines = tasks.logged(work / "seldom")
+    assert [line["step"] for line in lines] == [1, 5, 10, 12]
+    last_two = [line["loss"] for line in tasks.logged(work / "every")][-2:]
+    assert seldom["loss"] == lines[-1]["loss"] == pytest.approx(sum(last_two) / 2, abs=1e-4)
+    assert every["loss"] == last_two[-1]

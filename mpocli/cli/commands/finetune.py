@@ -302,9 +302,11 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     parts = [f"{count:,} {role}" for role, count in first.trainable_by_role.items() if count]
     size = first.overparam.training_params if first.overparam else first.totals.params
     share = first.trainable_params / size
+    losses = [report.loss for report in reports if report.loss is not None]
+    ended = f", loss {_spread(losses)} at the end" if losses else ""
     render.out.print(
         f"trained [bold]{first.trainable_params:,}[/bold] of {size:,} parameters ({share:.1%}: "
-        f"{', '.join(parts)}) for {first.steps:,} steps"
+        f"{', '.join(parts)}) for {first.steps:,} steps{ended}"
     )
     if first.overparam is not None:
         _show_expanded(first.overparam)
