@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpocli.cli import task_options as task_
 from mpocli.cli.options import at_least, one_of, parse_bytes, share
-from mpocli.errors import UsageError
+from mpocli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mpocli.methods.budget import Budget
@@ -129,8 +130,6 @@ def parse(
     data: DataOptions | None,
 ) -> Budget | None:
     """The budget, None where no option asks for one; `UsageError` for options that would be passed over."""
-    at_least("--ratio", ratio, 0)
-    at_least("--max-error", max_error, 0)
     at_least("--sweeps", sweeps, 0)
     at_least("--samples", samples, 1)
     at_least("--seq-len", seq_len, 2)
@@ -144,9 +143,21 @@ def parse(
     if calibrate is None:
         _refuse(given, OF_CALIBRATION, "no --calibrate", "name a text: --calibrate wiki.train.txt")
     else:
+        _refuse_unread(given, data)
         from mpocli.train.data import check_source
 
         check_source(calibrate)  # before anything slow
+
+    if sensitivity is not None and not Path(sensitivity).absolute().parent.is_dir():
+        raise InputError(
+            f"--sensitivity {sensitivity}: its folder does not exist", hint="make it, or name another file"
+        )
+    if shapes != "paper":
+        _refuse(given, ("sites",), f"--shapes {shapes}", "choose --shapes paper, or leave it out")
+    if shapes == "svd":
+        _refuse(given, ("sweeps",), "--shapes svd", "leave it out: SVDs have a closed form")
+    if max_error is not None:
+        _refuse(given, ("weights",), "--max-error", "leave it out: the bound is on what each matrix puts out")
 
     from mpocli.methods.budget import Budget
     from mpocli.methods.calibration_data import Calibration
@@ -205,6 +216,14 @@ def data(
         tokenizer=tokenizer,
         seed=seed,
     )
+
+
+def _refuse_unread(given: set[str], data: DataOptions | None) -> None:
+    """A calibration reads windows of a text, or rows of a task."""
+    if data is not None and data.task != "lm":
+        _refuse(given, ("seq_len",), f"--task {data.task}", "rows are cut by --max-length")
+    else:
+        _refuse(given, ("max_length", "label_column"), "windows of a text", "these take --seq-len, rows need a --task")
 
 
 def _refuse(given: set[str], names: tuple[str, ...], why: str, hint: str) -> None:

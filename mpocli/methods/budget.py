@@ -39,8 +39,10 @@ class Budget:
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "max_bytes", "max_error") if getattr(self, name) is not None]
         if len(given) != 1:
-            options = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
-            raise UsageError(f"one of --ratio, --max-bytes and --max-error, and not {options}")
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+            raise UsageError(
+                f"a plan has one budget: {options} given", hint="choose one of --ratio, --max-bytes and --max-error"
+            )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError(
                 f"--ratio {self.ratio}: parameters kept of the selected matrices, between 0 and 1",

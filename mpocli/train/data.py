@@ -235,7 +235,7 @@ def _require(table: _Table, names: Sequence[str], option: str) -> str:
             return name
     raise InputError(
         f"{table.source}: no column {' or '.join(names)}; it has: {_listed(table.names)}",
-        hint=f"name it with {option}, and see that the first line is a header",
+        hint=f"name it with {option}, or the --task whose columns these are; the first line has to be a header",
     )
 
 

@@ -271,6 +271,9 @@ def test_modules_that_read_the_same_vectors_share_one_gram_matrix(deep: Path, tm
         (["--ratio", "0.5", "--calibrate", "no.txt"], "no.txt"),
         (["--ratio", "0.5", "--gauge", "symmetric"], "--gauge with a budget"),
         (["--ratio", "0.5", "--max-length", "20"], "--max-length with no --calibrate"),
+        (["--ratio", "-0.5"], "between 0 and 1"),
+        (["--ratio", "0.5", "--sites", "7"], "--sites with --shapes auto"),
+        (["--ratio", "0.5", "--shapes", "svd", "--sweeps", "3"], "--sweeps with --shapes svd"),
         (["--ratio", "0.01", "--layers", "pooler"], "budget of"),
     ],
 )
@@ -280,6 +283,27 @@ def test_options_that_cannot_be_meant_are_refused(
     done = cli("decompose", deep / "bert", *options, "-o", "out")
     refused(done, 3 if "no.txt" in message else 2, message)
     assert not tree(work)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratio", "0.5", "--max-length", "20"], "--max-length with windows of a text"),
+        (["--ratio", "0.5", "--label-column", "label"], "--label-column with windows of a text"),
+        (["--ratio", "0.5", "--task", "sst2", "--seq-len", "20"], "--seq-len with --task sst2"),
+        (["--max-error", "0.5", "--weights", "fisher"], "--weights with --max-error"),
+    ],
+)
+def test_options_that_this_calibration_does_not_read_are_refused(
+    options: list[str], message: str, cli: Cli, deep: Path, lab: Path, work: Path
+) -> None:
+    refused(cli("decompose", deep / "bert", *options, "--calibrate", lab / "train.txt", "-o", "out"), 2, message)
+    assert not tree(work)
+
+
+def test_a_folder_that_measured_losses_cannot_go_to_is_noticed_first(cli: Cli, deep: Path, lab: Path) -> None:
+    options = ["--ratio", 0.5, "--sensitivity", "nowhere/s.json", *text(lab)]
+    refused(cli("plan", deep / "bert", *options), 3, "--sensitivity nowhere/s.json", "folder")
 
 
 def test_a_plan_without_a_budget_says_what_one_is(cli: Cli, deep: Path) -> None:
