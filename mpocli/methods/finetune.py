@@ -86,10 +86,9 @@ class FinetuneReport:
 
     `metrics` on the evaluation set after training and `metrics_before`, `{}` without one; `trainable_params` is what
     the optimiser holds (at the end, before folding); `seconds` the whole run, `step_seconds` the training alone; `loss`
-    the last that was logged, of the training data, None without a step.
-    `overparam` says what became an MPO meanwhile, None where nothing was to; `routers` what those of experts did in
-    training. `is_writer` is false in all but
-    the first process of several, which measures and writes nothing.
+    the last that was logged, of the training data, None without a step. `overparam` says what became an MPO meanwhile,
+    None where nothing was to; `routers` what those of experts did in training. `is_writer` is false in all but the
+    first process of several, which measures and writes nothing.
     """
 
     out: str

@@ -332,9 +332,9 @@ class Stretch(Sampler[int]):
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """`metrics.jsonl`: one line for every logged step and the last. A resumed run drops what is behind its first step.
+    """`metrics.jsonl`: one line for every logged step, and for the last of a segment.
 
-    `first` steps were logged by the segments before.
+    A resumed run drops what lies behind its first step. `first` steps were logged by the segments before.
     """
 
     def __init__(self, path: Path, first: int = 0) -> None:

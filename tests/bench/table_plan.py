@@ -208,17 +208,12 @@ def main() -> None:
     with ThreadPoolExecutor(chosen.parallel) as pool:
         cells = [(arm, ratio) for ratio in RATIOS for arm in ARMS]
         runs = dict(zip(cells, pool.map(lambda cell: table.compressed(*cell), cells), strict=True))
-        tuned = [
-            (arm, at, rate, setup.chosen_on)
-            for at in setup.tuned_at
-            for arm in healing
-            for rate in setup.rates
-            if arm != DENSE or at == setup.tuned_at[0]
-        ]
+        # The dense model's runs are the same at every ratio, and kept under one name.
+        tuned = [(arm, at, rate, setup.chosen_on) for at in setup.tuned_at for arm in healing for rate in setup.rates]
         choices = dict(zip(tuned, pool.map(lambda run: table.healed(*run), tuned), strict=True))
 
         def tried(arm: str, ratio: float) -> list[float]:
-            at = setup.tuned_at[0] if arm == DENSE else setup.tuned_for(ratio)
+            at = setup.tuned_for(ratio)
             return [choices[arm, at, rate, setup.chosen_on]["healed"] for rate in setup.rates]
 
         def best(arm: str, ratio: float) -> float:
