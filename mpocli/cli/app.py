@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from mpocli import __version__
-from mpocli.cli import streams
+from mpocli.cli import signals, streams
 from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, plan, sparsify, squeeze
 from mpocli.errors import MpoError
 
@@ -48,7 +48,14 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 a bug, 2 usage, 3 input, 4 numerics, 5 target missed, 130 stopped."""
+    """Run the command line and exit: 0 done, 1 a bug, 2 usage, 3 input, 4 numerics, 5 target missed, 128 + n ended by
+    signal n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP)."""
+    with signals.as_interrupts() as ending:
+        code = _run(arguments, ending)
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, ending: signals.Ending) -> Any:
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="mpocli", standalone_mode=False)
@@ -62,10 +69,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         code = _reader_left()
     except (KeyboardInterrupt, typer.Abort):
-        code = _say("interrupted; nothing half-written was left", "", 130)
+        code = _interrupted(ending)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's own
             code = _usage(error)
+        elif ending.signal is not None:  # it came of the interrupt: a terminal that is gone, say
+            code = _interrupted(ending)
         elif isinstance(error, OSError) and streams.has_no_room(error):
             streams.silence(sys.stdout)
             problem = f"standard output cannot be written ({error.strerror})"
@@ -73,7 +82,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         else:
             traceback.print_exc()
             code = _say(f"this is a bug in mpocli: {type(error).__name__}", "please report it with the lines above", 1)
-    sys.exit(code)
+    return code
+
+
+def _interrupted(ending: signals.Ending) -> int:
+    return _say(f"{ending.reason}; nothing half-written was left", "", ending.exit_code)
 
 
 def _usage(error: Any) -> int:

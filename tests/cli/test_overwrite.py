@@ -141,9 +141,22 @@ def test_an_interrupt_in_the_middle_of_the_arithmetic_leaves_nothing(slow: Stage
     assert list(work.iterdir()) == []
 
 
-def test_an_interrupt_says_so_in_one_line(stage: Stage, work: Path) -> None:
-    ended = stage.overwrite(work, Moment(*FIRST_BYTE, signal=signal.SIGINT))
-    assert [line for line in ended.err.splitlines() if line] == ["error: interrupted; nothing half-written was left"]
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGHUP, 129, "ended by SIGHUP"),
+    ],
+    ids=str,
+)
+def test_whatever_asks_for_the_end_gets_one_line_its_own_exit_code_and_leaves_the_old_directory(
+    number: int, code: int, words: str, stage: Stage, out: Path, work: Path
+) -> None:
+    ended = stage.overwrite(work, Moment(*FIRST_BYTE, signal=number))
+    assert ended.code == code
+    assert [line for line in ended.err.splitlines() if line] == [f"error: {words}; nothing half-written was left"]
+    assert [path.name for path in work.iterdir()] == ["out"] and tree(out) == stage.old
 
 
 def test_a_file_that_cannot_grow_is_exit_3_and_leaves_the_old_directory(stage: Stage, out: Path, work: Path) -> None:
