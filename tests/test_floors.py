@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {"errors": 0, "mpo": 1, "sparse": 1, "nn": 2, "io": 2, "hf": 3, "train": 4, "methods": 5, "cli": 6}
+FLOORS = {
+    "printable": 0,
+    "errors": 0,
+    "mpo": 1,
+    "sparse": 1,
+    "nn": 2,
+    "io": 2,
+    "hf": 3,
+    "train": 4,
+    "methods": 5,
+    "cli": 6,
+}
 # Packages from outside that only some floors may touch; anything else is free for all but `mpo` and `sparse`.
 RESERVED = {
     "transformers": {"hf", "train"},

@@ -12,6 +12,7 @@ from mpocli import __version__
 from mpocli.cli import signals, streams
 from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, plan, sparsify, squeeze
 from mpocli.errors import MpoError
+from mpocli.printable import printable
 
 app = typer.Typer(
     name="mpocli",
@@ -80,7 +81,7 @@ def _run(arguments: list[str] | None, ending: signals.Ending) -> Any:
             problem = f"standard output cannot be written ({error.strerror})"
             code = _say(problem, "free some space, or send the output elsewhere", 3)
         else:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc(), keep="\n"))
             code = _say(f"this is a bug in mpocli: {type(error).__name__}", "please report it with the lines above", 1)
     return code
 
@@ -109,10 +110,11 @@ def _reader_left() -> int:
 
 
 def _say(message: str, hint: str, code: int) -> int:
+    """One line of what is wrong and one of what to try, whatever the names in them are made of."""
     try:
-        typer.echo(typer.style("error: ", fg="red", bold=True) + message, err=True)
+        typer.echo(typer.style("error: ", fg="red", bold=True) + printable(message), err=True)
         if hint:
-            typer.echo(typer.style("  try: ", fg="cyan") + hint, err=True)
+            typer.echo(typer.style("  try: ", fg="cyan") + printable(hint), err=True)
     except OSError:  # nobody can be told; the exit code still says it
         streams.silence(sys.stderr)
     return code

@@ -11,17 +11,28 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mpocli.cli import streams
+from mpocli.printable import printable
 
 # Where no terminal says how wide it is (a pipe, a log), tables are never squeezed.
 _PIPE_WIDTH = 160
 
 
 class _Console(Console):
+    """The one boundary to the terminal: names come out of foreign files, and nothing in them styles, moves or hides
+    what is printed. Markup is off unless a call asks for it, which only text with numbers of ours may do."""
+
+    def render_str(self, text: str, *args: Any, **kwargs: Any) -> Text:
+        """Every string that is printed comes by, cells of tables too. Only a line of its own is a line's end."""
+        inner = text.strip("\n")
+        start = text.index(inner) if inner else len(text)
+        shown = text[:start] + printable(inner) + text[start + len(inner) :]
+        return super().render_str(shown, *args, **kwargs)
+
     def on_broken_pipe(self) -> None:
         """`mpocli … | head`: go on without the reader, so that the exit code is the command's own.
 
@@ -30,8 +41,9 @@ class _Console(Console):
         streams.silence(self.file)
 
 
-out = _Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = _Console(stderr=True, highlight=False, soft_wrap=True)
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+out = _Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, **_PLAIN)
+err = _Console(stderr=True, soft_wrap=True, **_PLAIN)
 
 ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
 
@@ -58,13 +70,13 @@ def progress_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[item]}", style="dim"),
+        TextColumn("{task.fields[item]}", style="dim", markup=False),
     )
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None, item="")
 
         def update(done: int, total: int, item: str) -> None:
-            bar.update(task, completed=done, total=total, item=escape(shortened(item)))
+            bar.update(task, completed=done, total=total, item=printable(shortened(item)))
 
         yield update
 
@@ -82,7 +94,7 @@ def training_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
         nonlocal said
         if line and line != said:
             said = line
-            err.print(f"step {done:,} of {total:,}: {line}", markup=False)
+            err.print(f"step {done:,} of {total:,}: {line}")
 
     yield say
 
@@ -94,6 +106,12 @@ def shortened(name: str, width: int = 44) -> str:
 
 def count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
+
+
+def spans(*parts: str | tuple[str, str]) -> Text:
+    """A line of pieces, each plain or (text, style), with nothing in them taken for markup."""
+    shown = ((printable(part), "") if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts)
+    return Text.assemble(*shown)
 
 
 def size(number: int) -> str:

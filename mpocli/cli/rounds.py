@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from mpocli.cli import render
+from mpocli.printable import printable
 
 if TYPE_CHECKING:
     from mpocli.methods.squeeze_rounds import Watch
@@ -30,13 +31,13 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
         yield Watch()
         return
     if not render.err.is_terminal:
-        yield Watch(round=lambda record, metric: render.err.print(_line(record), markup=False))
+        yield Watch(round=lambda record, metric: render.err.print(_line(record)))
         return
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[line]}", style="dim"),
+        TextColumn("{task.fields[line]}", style="dim", markup=False),
     )
     seen: list[RoundRecord] = []
     bar = Progress(*columns, console=render.err)
@@ -44,7 +45,7 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
     with Live(bar, console=render.err, transient=True, refresh_per_second=4) as live:
 
         def step(done: int, total: int, line: str) -> None:
-            bar.update(task, completed=done, total=total, line=line)
+            bar.update(task, completed=done, total=total, line=printable(line))
 
         def finished(record: RoundRecord, metric: str) -> None:
             seen.append(record)

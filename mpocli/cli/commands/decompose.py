@@ -244,13 +244,13 @@ def _name_the_planner(
         losses += [f"{statistics.mean(errors):.0%} of {role or 'other'}"] if errors else []
     if losses:
         line = f"before training, that is an error of {', '.join(losses)} on average"
-        render.err.print(line, style="yellow", markup=False)
+        render.err.print(line, style="yellow")
     words = ["mpocli", "decompose", model, "--ratio", f"{after / before:.3f}"]
     words += ["--layers", layers] if layers else []
     words += [word for glob in target for word in ("--target", glob)]
     words += [word for glob in ignore for word in ("--ignore", glob)]
     line = f"the same size, planned on your text: {shlex.join(words)} --calibrate TEXT"
-    render.err.print(line, style="dim", markup=False)
+    render.err.print(line, style="dim")
 
 
 def _refuse_fixed(given: set[str]) -> None:
@@ -307,8 +307,11 @@ def show(report: DecomposeReport) -> None:
     if any(module.action == "mpo" and module.relative_error is None for module in report.modules):
         render.out.print(render.UNKNOWN, style="dim")
     render.out.print(
-        f"weight files  {render.size(report.before.bytes)} → [bold]{render.size(totals.bytes)}[/bold]"
-        f"   (ratio = parameters after / dense: below 1 is smaller)"
+        render.spans(
+            f"weight files  {render.size(report.before.bytes)} → ",
+            (render.size(totals.bytes), "bold"),
+            "   (ratio = parameters after / dense: below 1 is smaller)",
+        )
     )
     if forms:
         chosen = ", ".join(f"{count} {form}" for form, count in forms.most_common())
@@ -318,7 +321,7 @@ def show(report: DecomposeReport) -> None:
     if report.compared:
         _show_compared(report.compared)
     for warning in report.warnings:
-        render.err.print(warning, style="yellow", markup=False)
+        render.err.print(warning, style="yellow")
     for line in render.notes(report.modules):
         render.err.print(line, style="yellow")
     if report.before.params < totals.params and report.before.params < totals.dense_params:
@@ -331,10 +334,10 @@ def show(report: DecomposeReport) -> None:
     if report.dry_run:
         render.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
     else:
-        render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)
+        render.err.print(f"written to {report.out} in {report.seconds:.1f} s")
         if any(module.action == "mpo" for module in report.modules):
             line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-            render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim", markup=False)
+            render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
 
 
 def _show_compared(compared: Sequence[Compared]) -> None:

@@ -93,16 +93,13 @@ def _show(report: DemoReport) -> None:
     render.out.print("(perplexity per token on held-out docstrings; BERT's on masked tokens)\n", style="dim")
     for model, questions in zip(("bert", "gpt2"), report.questions, strict=True):
         for number, question in enumerate(questions):
-            render.out.print(
-                f"[bold]{question}[/bold]"
-                if model == "gpt2"
-                else f"[bold]{question.replace('[', chr(92) + '[')}[/bold]"
-            )
+            render.out.print(question, style="bold")
             for arm in report.arms:
                 if arm.model == model:
-                    render.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}", markup=False)
-    render.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:", markup=False)
+                    render.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}")
+    render.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:")
     for arm in report.arms:
         if arm.made_by.startswith("--trunc"):
-            render.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum", markup=False)
-    render.err.print("With a network, on a real model:\n  mpocli decompose bert-base-uncased --trunc 256")
+            render.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum")
+    render.err.print("With a network, on a real model:")
+    render.err.print("  mpocli decompose bert-base-uncased --trunc 256")

@@ -256,5 +256,5 @@ def _show(report: ExpandReport) -> None:
     networks = f"{report.networks} network" + "s" * (report.networks > 1)
     render.out.print(f"{networks}, routers with {report.router_params:,} parameters")
     for line in render.notes(report.kept):
-        render.out.print(line, style="dim", markup=False)
-    render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)
+        render.out.print(line, style="dim")
+    render.err.print(f"written to {report.out} in {report.seconds:.1f} s")

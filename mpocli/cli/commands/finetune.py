@@ -264,7 +264,7 @@ def command(
     except KeyboardInterrupt:
         kept = training_directory(destination)
         if kept.is_dir():
-            render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
+            render.err.print(f"checkpoints are kept in {kept}: go on with --resume")
         raise
     if not reports[0].is_writer:
         return
@@ -305,8 +305,11 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     losses = [report.loss for report in reports if report.loss is not None]
     ended = f", loss {_spread(losses)} at the end" if losses else ""
     render.out.print(
-        f"trained [bold]{first.trainable_params:,}[/bold] of {size:,} parameters ({share:.1%}: "
-        f"{', '.join(parts)}) for {first.steps:,} steps{ended}"
+        render.spans(
+            "trained ",
+            (f"{first.trainable_params:,}", "bold"),
+            f" of {size:,} parameters ({share:.1%}: {', '.join(parts)}) for {first.steps:,} steps{ended}",
+        )
     )
     if first.overparam is not None:
         _show_expanded(first.overparam)
@@ -320,7 +323,7 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     if first.resumed_from:
         render.err.print(f"resumed from step {first.resumed_from:,}")
     where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
-    render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s", markup=False)
+    render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s")
 
 
 def _router_lines(report: FinetuneReport) -> list[str]:

@@ -104,7 +104,7 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
         render.err.print("history: " + " → ".join(report.history), style="dim")
     if report.problems is not None:
         for problem in report.problems:
-            render.err.print(f"✗ {problem}", style="red", markup=False)
+            render.err.print(f"✗ {problem}", style="red")
         if not report.problems:
             render.out.print(f"verified: {report.checks} checks, no mismatch", style="green")
         if not report.has_manifest:
@@ -165,7 +165,7 @@ def _matrices(report: InspectReport) -> None:
     for view in report.modules:
         made = view.action != "kept"
         bonds = " ".join(map(str, view.bond_dims[1:-1])) if made and view.bond_dims else "dense"
-        render.out.print(f"[bold]{view.name}[/bold]  [dim]{view.role or ''}[/dim]")
+        render.out.print(render.spans((view.name, "bold"), "  ", (view.role or "", "dim")))
         render.out.print(
             f"{view.shape[0]:>7}x{view.shape[1]:<5} {view.params:>11,} {view.params / view.dense_params:>6.3f} "
             f"{render.count(view.central_params):>10} {render.count(view.auxiliary_params):>9} "
@@ -181,7 +181,8 @@ def _spectrum(view: ModuleView) -> None:
 
     assert view.singular_values is not None and view.entropy_nats is not None
     shape = f"{','.join(map(str, view.out_dims or ()))}x{','.join(map(str, view.in_dims or ()))}"
-    render.out.print(f"\n[bold]{view.name}[/bold]  {shape}")
+    render.out.print()
+    render.out.print(render.spans((view.name, "bold"), f"  {shape}"))
     table = render.table("bond", "χ", "σ max", "σ min", "entropy", "of ln χ", "<σ_j, j = 1 … χ")
     for k, (values, entropy) in enumerate(zip(view.singular_values, view.entropy_nats, strict=True), 1):
         most = math.log(len(values)) if len(values) > 1 else 0.0

@@ -56,4 +56,4 @@ def command(
     if report.experts:
         what = f"{report.experts} layers have dense experts now, and no stock class has such"
         render.err.print(f"{what}: loading still needs import mpocli", style="yellow")
-    render.err.print(f"written to {report.out} in {report.seconds:.1f} s", markup=False)
+    render.err.print(f"written to {report.out} in {report.seconds:.1f} s")

@@ -129,7 +129,7 @@ def show(report: DecomposeReport) -> None:
         ]
         macs = "" if module.macs is None or kept else f"{module.macs / module.dense_params:.2f}"
         bonds = " ".join(map(str, module.bond_dims[1:-1])) if module.bond_dims and not kept else ""
-        render.out.print(f"[bold]{module.name}[/bold]  [dim]{module.role or ''}[/dim]")
+        render.out.print(render.spans((module.name, "bold"), "  ", (module.role or "", "dim")))
         render.out.print(
             f"{'dense' if kept else module.form or '':>12} {module.params:>11,} "
             f"{render.ratio(module.params, module.dense_params):>6} {errors[0]:>8} {errors[1]:>8} {macs:>5} "

@@ -274,7 +274,7 @@ def command(
     except KeyboardInterrupt:
         kept = training_directory(destination)
         if kept.is_dir():
-            render.err.print(f"checkpoints are kept in {kept}: go on with --resume", markup=False)
+            render.err.print(f"checkpoints are kept in {kept}: go on with --resume")
         raise
     if not report.is_writer:
         return
@@ -371,7 +371,7 @@ def _show(report: SparsifyReport) -> None:
     )
     render.show(table)
     for line in render.notes(report.kept):
-        render.out.print(line, style="dim", markup=False)
+        render.out.print(line, style="dim")
     cores = [tensor for tensor in report.tensors if "core_" in tensor.name.rpartition(".")[2]]
     if cores:
         others = len(report.tensors) - len(cores)
@@ -387,7 +387,11 @@ def _show(report: SparsifyReport) -> None:
     if report.trainable_by_kind:
         parts = ", ".join(f"{count:,} {kind}" for kind, count in report.trainable_by_kind.items())
         render.out.print(
-            f"trained [bold]{report.trainable_params:,}[/bold] parameters for {report.steps:,} steps: {parts}"
+            render.spans(
+                "trained ",
+                (f"{report.trainable_params:,}", "bold"),
+                f" parameters for {report.steps:,} steps: {parts}",
+            )
         )
         if report.method == "pst":
             share = report.trainable_params / report.dense_and_scores
@@ -395,12 +399,12 @@ def _show(report: SparsifyReport) -> None:
                 f"{share:.1%} of what movement pruning trains: the model, and a score for every pruned weight"
             )
     for line in report.warnings:
-        render.err.print(line, style="yellow", markup=False)
+        render.err.print(line, style="yellow")
     for split, cut in (report.truncated or {}).items():
         if cut:
             render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
     if report.resumed_from:
         render.err.print(f"resumed from step {report.resumed_from:,}")
-    render.err.print(f"written to {report.out} in {report.seconds:.0f} s", markup=False)
+    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
     line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim", markup=False)
+    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")

@@ -234,7 +234,7 @@ def command(
     except KeyboardInterrupt:
         kept = training_directory(destination)
         if kept.is_dir():
-            render.err.print(f"the last round is kept in {kept}: go on with --resume", markup=False)
+            render.err.print(f"the last round is kept in {kept}: go on with --resume")
         raise
     if not report.is_writer:
         return
@@ -244,7 +244,7 @@ def command(
         _show(report)
     if plot is not None:
         plots.squeeze(plot, report)
-        render.err.print(f"drawn in {plot}", markup=False)
+        render.err.print(f"drawn in {plot}")
     if report.target_met is False:
         raise TargetNotMetError(
             f"{report.totals.params:,} parameters, the target is {report.target_params:,}: stopped by {_why(report)}",
@@ -284,4 +284,4 @@ def _show(report: SqueezeReport) -> None:
         render.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
     if report.resumed_from:
         render.err.print(f"resumed after round {report.resumed_from}")
-    render.err.print(f"written to {report.out} in {report.seconds:.0f} s", markup=False)
+    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
