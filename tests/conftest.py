@@ -1,5 +1,6 @@
 """Shared set-up: the helpers beside this file are importable, one thread for each worker, and never a network."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,3 +11,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+_frozen_at = 0  # so many modules were imported
+
+
+def pytest_runtest_setup() -> None:
+    """What imports leave is kept out of every later collection: accelerate asks for one in each training, and
+    would look through half a million objects that stay for ever."""
+    global _frozen_at
+    if len(sys.modules) > _frozen_at + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_at = len(sys.modules)

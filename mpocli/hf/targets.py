@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -213,7 +214,8 @@ def _direct_readers(model: PreTrainedModel, token_tables: set[str]) -> dict[str,
     Told from the source (MobileBERT's and DeBERTa's masked-LM heads do this). Reading its dtype or device is
     no obstacle, since the tombstone has both.
     """
-    sources = {cls: _forward_source(cls) for cls in {type(module) for module in model.modules()}}
+    classes: set[Any] = {type(module) for module in model.modules()}
+    sources = {cls: _forward_source(cls) for cls in classes}
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(getattr(module, "weight", None), Tensor) and _kind(module, "weight")[0]:
@@ -229,6 +231,7 @@ def _direct_readers(model: PreTrainedModel, token_tables: set[str]) -> dict[str,
     return found
 
 
+@functools.cache
 def _forward_source(cls: Any) -> str:
     try:
         return inspect.getsource(cls.forward) if cls.__module__.startswith("transformers") else ""
