@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpocli import __version__
+from mpocli.hf.card import license_of, model_card
 from mpocli.hf.hub import Source, resolve
 from mpocli.hf.skeleton import load_config
 from mpocli.hf.targets import Survey, survey
@@ -185,7 +185,7 @@ def write_surroundings(
         config["quantization_config"] = manifest.quantization_config()
     _write_json(work / "config.json", config)
     class_name = "AutoModel" if "auto_map" in config else _architecture(config)
-    card = model_card(manifest, _license(source / CARD), class_name)
+    card = model_card(manifest, license_of(source / CARD), class_name)
     (work / CARD).write_text(card, encoding="utf-8")
     files = sorted(path for path in work.rglob("*") if path.is_file())
     digests = {
@@ -269,74 +269,3 @@ def _is_configuration(folder: Path) -> bool:
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _license(card: Path) -> str | None:
-    """The licence that the source's model card names in its front matter: the weights stay under it."""
-    if not card.is_file():
-        return None
-    front = card.read_text(encoding="utf-8", errors="replace").split("---")
-    match = re.search(r"^license:\s*(\S.*)$", front[1], flags=re.MULTILINE) if len(front) > 2 else None
-    return match[1] if match else None
-
-
-def model_card(manifest: Manifest, license_name: str | None = None, class_name: str = "AutoModel") -> str:
-    """README.md of an output directory: what it is, how large, how to load it as what class."""
-    base = manifest.base_model.get("name", "unknown")
-    totals = manifest.totals
-    hub_id = manifest.base_model.get("revision") is not None
-    front = ["---", "library_name: transformers"]
-    tags = [*(["mpo", "tensor-network"] if manifest.modules else []), *(["sparse"] if manifest.encodings else [])]
-    front += ["tags:", *(f"- {tag}" for tag in (*tags, "mpocli"))] if tags else []
-    front += [f"base_model: {base}"] if hub_id else []
-    front += [f"license: {license_name}"] if license_name else []
-    what = f", as {_form(manifest)}" if manifest.modules else ", sparse" if manifest.encodings else ""
-    lines = [*front, "---", "", f"# {base}{what}", ""]
-    if totals is not None:
-        lines += [
-            "| | this checkpoint | dense |",
-            "|---|---:|---:|",
-            f"| parameters | {totals.params:,} | {totals.dense_params:,} |",
-            f"| bytes of weights | {totals.bytes:,} | {totals.dense_bytes:,} |",
-            "",
-            "Bytes are those of the weight files; dense, of the parameters in the same dtype.",
-            "",
-        ]
-    said = []
-    if manifest.modules:
-        said.append(f"{len(manifest.modules)} modules hold their weight as a chain of small tensors.")
-    if manifest.encodings:
-        said.append(f"{len(manifest.encodings)} tensors are stored as a bitmask and the values it keeps.")
-    if said:
-        lines += [
-            f"{' '.join(said)} {MANIFEST} has every shape. Load it with",
-            "",
-            "```python",
-            "import mpocli  # registers the loader; pip install mpocli",
-            f"from transformers import {class_name}",
-            "",
-            f'model = {class_name}.from_pretrained("path/to/this/directory")',
-            "```",
-            "",
-            "Never pass `ignore_mismatched_sizes=True` without `import mpocli`: it would return random layers.",
-            "",
-        ]
-    else:
-        lines += ["An ordinary transformers checkpoint.", ""]
-    if manifest.history:
-        lines += ["Made by", ""]
-        lines += [f"- `mpocli {entry['command']}` {_spelled(entry['options'])}".rstrip() for entry in manifest.history]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def _form(manifest: Manifest) -> str:
-    """What the modules are: truncated SVDs where every shape is (O, 1)x(1, I)."""
-    sites = [module.spec.sites for module in manifest.modules]
-    svd = all(shape.out_dims[1:] == (1,) and shape.in_dims[:-1] == (1,) for shape in sites)
-    return "truncated SVDs (two-site matrix product operators)" if svd else "matrix product operators"
-
-
-def _spelled(options: dict[str, Any]) -> str:
-    shown = {key: value for key, value in options.items() if value not in (None, [], {}, False, ())}
-    return ", ".join(f"{key}={value}" for key, value in shown.items())
