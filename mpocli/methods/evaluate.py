@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
@@ -22,15 +20,15 @@ from mpocli.methods.device import device_of
 from mpocli.methods.memory import peak_memory, reset_peak_memory
 from mpocli.methods.task_data import (
     DataOptions,
-    EvalSet,
     TaskData,
     check_trained_head,
     prepare,
     run_set,
     score_set,
 )
+from mpocli.nn.logits import kl
 from mpocli.train.models import load_model
-from mpocli.train.predict import Run
+from mpocli.train.predict import Run, vocabulary_of, window_logits
 
 Progress = Callable[[int, int, str], None]
 
@@ -111,7 +109,7 @@ def run(
         beside = _Measured(other, prepared_other, data, place, path, trust_remote_code)
         beside.measure(progress, "baseline")
     own.measure(progress, "eval")
-    agreement = _agreement(own, beside) if beside else {}
+    agreement = _agreement(own, beside, progress) if beside else {}
     if predictions is not None:
         _write_predictions(predictions, prepared, own.runs)
     return EvalReport(
@@ -205,10 +203,10 @@ def _check_comparable(a: TaskData, b: TaskData, model: str, baseline: str) -> No
         )
 
 
-def _agreement(own: _Measured, other: _Measured) -> dict[str, float]:
+def _agreement(own: _Measured, other: _Measured, progress: Progress | None) -> dict[str, float]:
     data = own.data
     if data.task.kind == "lm":
-        return _token_agreement(own, other)
+        return _token_agreement(own, other, progress)
     if data.task.kind == "text2text":
         pairs = [pair for a, b in zip(own.runs, other.runs, strict=True) for pair in zip(a.texts, b.texts, strict=True)]
         return {"equal_texts": sum(a == b for a, b in pairs) / len(pairs)}
@@ -220,46 +218,48 @@ def _agreement(own: _Measured, other: _Measured) -> dict[str, float]:
         correlation = compute(data.task, ours.tolist(), theirs.tolist())
         return {"pearson": correlation["pearson"], "mean_abs_difference": float((ours - theirs).abs().mean())}
     equal = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-    return {"labels": float(equal), "kl_nats": float(_kl(theirs, ours).mean())}
+    return {"labels": float(equal), "kl_nats": float(kl(theirs, ours).mean())}
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(softmax p ‖ softmax q) row by row, in nats."""
-    log_p, log_q = F.log_softmax(p, -1), F.log_softmax(q, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _token_agreement(own: _Measured, other: _Measured, progress: Progress | None) -> dict[str, float]:
+    """Both models once more, side by side: logits over a vocabulary are too large to keep.
 
-
-def _token_agreement(own: _Measured, other: _Measured) -> dict[str, float]:
-    """Both models once more, window by window: logits over a vocabulary are too large to keep."""
-    ours = theirs = None
+    Without a divergence where one of them has more logits than the tokenizer has tokens, and the other has not.
+    """
     equal = total = 0
     divergence = 0.0
     ours, theirs = own.load(), other.load()
+    sizes = {vocabulary_of(model) for model in (ours, theirs)}
     for found, counterpart in zip(own.data.eval, other.data.eval, strict=True):
-        if found.windows is None or counterpart.windows is None or found.windows.ids != counterpart.windows.ids:
+        windows, others = found.windows, counterpart.windows
+        if windows is None or others is None or windows.ids != others.ids:
             return {}  # another tokenizer: nothing to compare token by token
-        size = own.options.eval_batch_size
-        for start in range(0, len(found.windows.ids), size):
-            part = _part(found, start, size)
-            seen: list[tuple[Tensor, Tensor]] = []
 
-            def watch(logits: Tensor, targets: Tensor, into: list[tuple[Tensor, Tensor]] = seen) -> None:
-                into.append((logits, targets))
+        def tell(done: int, count: int) -> None:
+            if progress:
+                progress(done, count, "comparing")
 
-            for model, measured in ((ours, own), (theirs, other)):
-                run_set(model, measured.data, part, measured.options, watch=watch)
-            (a, _), (b, _) = seen
+        said = [
+            window_logits(
+                model,
+                measured.data.tokenizer,
+                windows,
+                measured.data.family,
+                Run(),
+                batch_size=own.options.eval_batch_size,
+                precision=own.options.precision,
+                vocabulary=max(sizes),
+                progress=tell if measured is own else None,
+            )
+            for model, measured in ((ours, own), (theirs, other))
+        ]
+        for (a, targets), (b, _) in zip(*said, strict=True):
             equal += int((a.argmax(-1) == b.argmax(-1)).sum())
-            divergence += float(_kl(b, a).double().sum())
-            total += len(a)
-    return {"tokens": equal / total, "kl_nats": divergence / total} if total else {}
-
-
-def _part(found: EvalSet, start: int, size: int) -> EvalSet:
-    from dataclasses import replace
-
-    assert found.windows is not None
-    return replace(found, windows=replace(found.windows, ids=found.windows.ids[start : start + size]))
+            total += len(targets)
+            if len(sizes) == 1:
+                divergence += float(kl(b, a).double().sum())
+    told = {"tokens": equal, "kl_nats": divergence} if len(sizes) == 1 else {"tokens": equal}
+    return {name: value / total for name, value in told.items()}
 
 
 def _check_writable(path: Path, task: str) -> None:

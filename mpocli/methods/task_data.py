@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,6 @@ def run_set(
     options: DataOptions,
     *,
     progress: Progress | None = None,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Run:
     """A model over one evaluation set."""
     shared: dict[str, Any] = {
@@ -305,7 +304,7 @@ def run_set(
         "progress": progress,
     }
     if found.windows is not None:
-        return run_windows(model, data.tokenizer, found.windows, data.family, watch=watch, **shared)
+        return run_windows(model, data.tokenizer, found.windows, data.family, **shared)
     if data.task.kind == "text2text":
         return run_generation(
             model,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.nn.logits import rows_at_once, slices
 from mpocli.train.encode import IGNORE, Windows, collate, pad_id
 from mpocli.train.metrics import compute, language_modelling, perplexity
 from mpocli.train.models import Family
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # Of the tokens of a masked model's window, this share is hidden and asked for: BERT's own.
 MASK_SHARE = 0.15
 _MASK_SEED = 20210801
-# Logits that are held at once: a gigabyte of float32.
-_MOST_LOGITS = 1 << 28
 
 
 @dataclass
@@ -133,7 +132,6 @@ def _generate(model: Any, inputs: dict[str, Tensor], pad: int, max_new_tokens: i
     return made
 
 
-@torch.no_grad()
 def run_windows(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -143,16 +141,39 @@ def run_windows(
     batch_size: int = 8,
     precision: str = "fp32",
     progress: Progress | None = None,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Run:
-    """Sum −ln p over the tokens of a text: every next one for a causal model, a seeded 15 % for a masked one.
-
-    `watch(logits, targets)` is given the predictions of every batch: (tokens, vocabulary) and (tokens,).
-    """
+    """Sum −ln p over the tokens of a text: every next one for a causal model, a seeded 15 % for a masked one."""
     run = Run(samples=len(windows.ids), words=windows.words)
+    for logits, targets in window_logits(
+        model, tokenizer, windows, family, run, batch_size=batch_size, precision=precision, progress=progress
+    ):
+        run.nll += float(F.cross_entropy(logits, targets, reduction="sum").double())
+        run.tokens += len(targets)
+    return run
+
+
+@torch.no_grad()
+def window_logits(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    windows: Windows,
+    family: Family,
+    run: Run,
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    vocabulary: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a model predicts of a text part by part: logits (tokens, V) in float32 and the tokens that stand there.
+
+    Batches are as large as `batch_size` and a limit of logits allow, and so are the parts. For models of the same
+    `vocabulary`, or that are told the larger one, all parts have the same tokens. `run` is told the times.
+    """
     pad = pad_id(tokenizer)
     longest = max(len(ids) for ids in windows.ids)
-    batch_size = max(1, min(batch_size, _MOST_LOGITS // (longest * model.config.get_text_config().vocab_size)))
+    vocabulary = vocabulary or vocabulary_of(model)
+    batch_size = rows_at_once(batch_size, longest, vocabulary)
     with _evaluating(model):
         for start in range(0, len(windows.ids), batch_size):
             ids = windows.ids[start : start + batch_size]
@@ -165,19 +186,18 @@ def run_windows(
                 targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)[:, 1:]
             with autocast(model.device, precision):
                 logits = _timed(run, inputs, lambda moved: model(**moved).logits, model.device)
-            logits = (logits if family == "masked" else logits[:, :-1]).float()
-            targets = targets.to(logits.device)
-            asked = targets != IGNORE
-            logits, targets = logits[asked], targets[asked]
-            if not len(targets):  # a window of one token predicts nothing
-                continue
-            run.nll += float(F.cross_entropy(logits, targets, reduction="sum").double())
-            run.tokens += len(targets)
-            if watch:
-                watch(logits, targets)
+            logits = logits if family == "masked" else logits[:, :-1]
+            places = (targets != IGNORE).nonzero()  # none in a window of one token, which predicts nothing
+            for part in slices(len(places), vocabulary):
+                row, place = places[part].unbind(1)
+                yield logits[row, place].float(), targets[row, place].to(logits.device)
             if progress:
                 progress(len(run.sizes), -(-len(windows.ids) // batch_size))
-    return run
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens a language model tells apart."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int], *, always: bool = False) -> Tensor:

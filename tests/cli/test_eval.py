@@ -19,6 +19,8 @@ from mpocli.hf import quiet
 from mpocli.methods import decompose, finetune
 from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.methods.task_data import DataOptions
+from mpocli.nn import logits
+from mpocli.train import predict
 from mpocli.train.segment import Optimisation
 
 
@@ -238,13 +240,41 @@ def test_a_model_agrees_with_itself_and_less_with_its_truncation(cli: Cli, lab: 
 
 
 @pytest.mark.parametrize("model", ["gpt2", "masked"])
-def test_a_language_model_agrees_with_itself_and_less_with_another(model: str, cli: Cli, lab: Path, work: Path) -> None:
+def test_a_language_model_agrees_with_itself_and_less_with_another(
+    model: str, cli: Cli, lab: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the limit of logits that are held: here 3 tokens, of batches of a row."""
     succeeded(cli("decompose", lab / model, "--trunc", 2, "-o", "cut"))
     options = ["--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16, "--batch-size", 4, "--json"]
     same = succeeded(cli("eval", lab / model, *options, "--baseline", lab / model)).json["agreement"]
     assert same["tokens"] == 1.0 and same["kl_nats"] == 0.0
-    other = succeeded(cli("eval", "cut", *options, "--baseline", lab / model)).json["agreement"]
-    assert other["tokens"] < 1.0 and other["kl_nats"] > 1e-4
+    other = succeeded(cli("eval", "cut", *options, "--baseline", lab / model)).json
+    assert other["agreement"]["tokens"] < 1.0 and other["agreement"]["kl_nats"] > 1e-4
+
+    size = len(tasks.VOCABULARY)
+    held: list[int] = []
+    looked = predict.slices
+    monkeypatch.setattr(logits, "MOST_LOGITS", 3 * size)
+    monkeypatch.setattr(predict, "slices", lambda *a: [held.append(p.stop - p.start) or p for p in looked(*a)])
+    parts = succeeded(cli("eval", "cut", *options, "--baseline", lab / model)).json
+    assert max(held) == 3
+    for found, expected in ((parts, other), (parts["baseline"], other["baseline"])):
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    assert parts["agreement"] == pytest.approx(other["agreement"], rel=1e-5)
+
+
+def test_models_of_another_number_of_logits_agree_token_by_token(
+    cli: Cli, lab: Path, work: Path, tmp_path: Path
+) -> None:
+    """A table padded for speed: the tokenizer's tokens are the same, the distributions are not over the same."""
+    larger = tf.AutoModelForCausalLM.from_pretrained(lab / "gpt2")
+    larger.resize_token_embeddings(len(tasks.VOCABULARY) + 7, mean_resizing=False)
+    larger.save_pretrained(tmp_path / "larger")
+    tasks.tokenizer("gpt2").save_pretrained(tmp_path / "larger")
+    options = ["--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16, "--json"]
+    for one, two in (("larger", lab / "gpt2"), (lab / "gpt2", "larger")):
+        report = succeeded(cli("eval", tmp_path / one, *options, "--baseline", tmp_path / two)).json
+        assert report["agreement"].keys() == {"tokens"} and report["agreement"]["tokens"] > 0.5
 
 
 # --- sparse kernels ---------------------------------------------------------------------------------------------------
