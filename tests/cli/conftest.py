@@ -80,13 +80,6 @@ def bert_mpo(bert: Path, home: Path) -> Path:
     return home / "bert-mpo"
 
 
-@pytest.fixture(scope="session")
-def server(bert: Path) -> Iterator[Server]:
-    """`mpocli` in processes of its own."""
-    with Server(bert) as running:
-        yield running
-
-
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
@@ -127,10 +120,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def trainer(lab: Path) -> Iterator[Server]:
-    """One that has imported what training takes, which would be most of a run."""
+@pytest.fixture(scope="session")
+def server(lab: Path) -> Iterator[Server]:
+    """`mpocli` in processes of its own. It has imported what training takes, which would be most of a run."""
     heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    methods = "mpocli.methods.finetune", "mpocli.methods.squeeze"
+    methods = "mpocli.methods.finetune", "mpocli.methods.squeeze", "torch.distributed.launcher.api"
     with Server(lab / "body", *methods, "transformers.models.bert.modeling_bert", *heavy) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def trainer(server: Server) -> Server:
+    """`server`, in the files that train."""
+    return server

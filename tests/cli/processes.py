@@ -1,7 +1,7 @@
 """`mpocli` in real processes that start in no time: a server imports everything once and forks for each run.
 
-Run as a script it is that server: one JSON line in (`arguments`, `cwd`, `log`, `moment`, `limit`, `out`), one
-line out, the exit code and the seconds of processor time. A run's output goes to `<log>.out` and `<log>.err`.
+Run as a script it is that server: one JSON line in (what `Server.run` is given), one line out, the exit code and the
+seconds of processor time. A run's output goes to `<log>.out` and `<log>.err`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
@@ -76,9 +77,12 @@ class Server:
         moment: Moment | None = None,
         limit: int | None = None,
         out: Literal["file", "closed pipe", "full device"] = "file",
+        ranks: int = 0,
+        before: str = "",
     ) -> Ended:
         """`mpocli arguments…`. `limit`: no file may grow beyond so many bytes (EFBIG, much like a full disk).
-        `out`: what stdout is; a closed pipe is `| head` after it has left."""
+        `out`: what stdout is; a closed pipe is `| head` after it has left. `ranks`: under torchrun, as so many
+        processes. `before`: statements that each process executes first."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "arguments": [str(argument) for argument in arguments],
@@ -87,6 +91,8 @@ class Server:
             "moment": moment and vars(moment),
             "limit": limit,
             "out": out,
+            "ranks": ranks,
+            "before": before,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         code, cpu = json.loads(self._process.stdout.readline())
@@ -130,6 +136,21 @@ def _run(main: Callable[[list[str]], NoReturn], arguments: list[str]) -> NoRetur
     os._exit(code)
 
 
+def _torchrun(ranks: int, main: Callable[[list[str]], NoReturn], arguments: list[str]) -> NoReturn:
+    """What `torchrun --standalone --nproc_per_node RANKS -m mpocli` does, its processes forked from this one."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def rank() -> None:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+
+    meet = {"rdzv_backend": "c10d", "rdzv_configs": {"store_type": "file"}, "run_id": str(os.getpid())}
+    elastic_launch(LaunchConfig(1, 1, ranks, start_method="fork", max_restarts=0, **meet), rank)()
+    sys.exit(0)
+
+
 def _serve() -> None:
     import resource
     from contextlib import redirect_stderr, redirect_stdout
@@ -166,7 +187,8 @@ def _serve() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
             if request["moment"]:
                 _arm(Moment(**request["moment"]))
-            _run(main, request["arguments"])
+            exec(request["before"], {})
+            _run(partial(_torchrun, request["ranks"], main) if request["ranks"] else main, request["arguments"])
         _, status, used = os.wait4(pid, 0)
         sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]) + "\n")
         sys.stdout.flush()

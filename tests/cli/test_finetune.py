@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,24 +144,17 @@ def test_seeds_resume_in_the_seed_that_was_killed(lab: Path, trainer: Server, wo
 # --- several processes, several batches a step ----------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
-def test_two_processes_under_torchrun_train_as_one_with_twice_the_batch(cli: Cli, calm: Path, lab: Path, work: Path):
+def test_two_processes_under_torchrun_train_as_one_with_twice_the_batch(
+    cli: Cli, calm: Path, lab: Path, trainer: Server, work: Path, tmp_path: Path
+) -> None:
     """One report, one output; the same examples in every step, hence the same weights but for summation."""
     options = ["--task", "stsb", "--train", lab / "sts-train.tsv", "--eval", lab / "sts-dev.tsv", "--max-length", 32]
     options += ["--lr", 5e-3, "--epochs", 2, "--log-steps", 1, "--device", "cpu", "--json"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "mpocli"]
-    command = [*launch, "finetune", calm / "bert", *options, "--batch-size", 8, "-o", "two"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    two = json.loads(done.stdout)
+    command = ["finetune", calm / "bert", *options, "--batch-size", 8, "-o", "two"]
+    done = trainer.run(*command, cwd=work, log=tmp_path / "log", ranks=2)
+    assert done.code == 0, done.err
+    assert done.out.count("\n") == 1
+    two = json.loads(done.out)
     one = succeeded(cli("finetune", calm / "bert", *options, "--batch-size", 16, "-o", "one")).json
     assert sorted(path.name for path in work.iterdir()) == ["one", "two"]
     assert two["steps"] == one["steps"] == 12

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,9 +163,8 @@ def test_recomputing_activations_or_weights_changes_no_result_and_counts_no_toke
 
 
 IN_EACH_PROCESS = """
-import hashlib, os, sys
+import hashlib, os
 from pathlib import Path
-from mpocli.cli.app import main
 from mpocli.methods import finetune
 
 def watched(model, look=finetune.router_report):
@@ -179,32 +175,21 @@ def watched(model, look=finetune.router_report):
     return look(model)
 
 finetune.router_report = watched
-main(sys.argv[1:])
 """
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_draw_equal_masks_and_end_with_equal_weights(
-    cli: Cli, lab: Path, work: Path, tmp_path: Path
+    cli: Cli, lab: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """And they are those of one process with twice the batch, but for summation: the masks are the same ones."""
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     tasks.save("bert", tmp_path / "dense", initializer_range=0.1, **still)
     expand_moe.run(str(tmp_path / "dense"), ExpandConfig(experts=3), tmp_path / "moe")
-    (tmp_path / "each.py").write_text(IN_EACH_PROCESS)
     options = ["--task", "sst2", "--train", lab / "train.tsv", "--max-length", 32, "--lr", 1e-3, "--steps", 6]
     options += ["--log-steps", 1, "--device", "cpu", "--balance-loss", 0, "--json"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command += [tmp_path / "each.py", "finetune", tmp_path / "moe", *options, "--batch-size", 4, "-o", "two"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["finetune", tmp_path / "moe", *options, "--batch-size", 4, "-o", "two"]
+    done = trainer.run(*command, cwd=work, log=tmp_path / "log", ranks=2, before=IN_EACH_PROCESS)
+    assert done.code == 0, done.err
     assert (work / "rank-0").read_text() == (work / "rank-1").read_text()
     alone = succeeded(cli("finetune", tmp_path / "moe", *options, "--batch-size", 8, "-o", "one")).json
     (seen,) = json.loads((work / "two" / "mpo.json").read_text())["history"][-1]["routers"].values()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -283,23 +282,15 @@ def test_killed_and_resumed_gives_the_bytes_of_the_uninterrupted_run(
         assert tree(work / f"cut{number}") == tree(work / "whole")
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_expand_the_same_and_train_as_one_with_twice_the_batch(
-    cli: Cli, lab: Path, body: Path, work: Path
+    cli: Cli, lab: Path, body: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     options = ["--task", "sst2", "--train", lab / "train.tsv", "--max-length", 32, "--lr", 1e-3, "--steps", 9]
     options += ["--overparam", "dynamic", "--top-n", 2, "--splits", 2, "--every", 3, "--device", "cpu", "--json"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "mpocli"]
-    done = subprocess.run(
-        [str(part) for part in (*launch, "finetune", body, *options, "--batch-size", 4, "-o", "two")],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
+    command = ["finetune", body, *options, "--batch-size", 4, "-o", "two"]
+    done = trainer.run(*command, cwd=work, log=tmp_path / "log", ranks=2)
+    assert done.code == 0, done.err
+    two = json.loads(done.out)
     one = succeeded(cli("finetune", body, *options, "--batch-size", 8, "-o", "one")).json
     chosen = [[(found["module"], found["step"]) for found in report["overparam"]["expanded"]] for report in (one, two)]
     assert chosen[0] == chosen[1]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -539,23 +536,14 @@ def test_dense_storage_after_training_loads_anywhere(sparsify: Sparsify, lab: Pa
     assert reports[1]["totals"]["bytes"] == (work / "dense" / WEIGHTS).stat().st_size
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_under_torchrun_train_as_one_with_twice_the_batch(
-    sparsify: Sparsify, tuned: Path, lab: Path, work: Path
+    sparsify: Sparsify, tuned: Path, lab: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     options = ["--lr", 2e-3, "--steps", 6, "--sparsity", 0.7, "--device", "cpu"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "mpocli"]
-    command = [*launch, "sparsify", tuned / "calm", *sst2(lab, *options, "--batch-size", 4), "-o", "two"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
+    command = ["sparsify", tuned / "calm", *sst2(lab, *options, "--batch-size", 4), "-o", "two"]
+    done = trainer.run(*command, cwd=work, log=tmp_path / "log", ranks=2)
+    assert done.code == 0, done.err
+    two = json.loads(done.out)
     one = sparsify(tuned / "calm", "one", *options)
     assert sorted(path.name for path in work.iterdir()) == ["one", "two"]
     assert two["zeros"] == one["zeros"] and two["trainable_params"] == one["trainable_params"]
