@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.hf.padding import decoder_mask, given_to, padding_id, parameter_names, stack_mask
+from mpocli.nn.padding import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
-
-_IGNORE = -100  # the label that transformers' losses leave out
 
 
 class Inputs:
@@ -214,37 +214,47 @@ class Padding:
     """Which vectors of a module's input stand for tokens of the text."""
 
     def __init__(self, model: PreTrainedModel, hooks: ExitStack) -> None:
-        self._encoder_side: set[nn.Module] | None = None  # None: the model has one side only
+        self._given: Batch = {}
+        self._pad = padding_id(model)
+        self._in_encoder = True  # always, of a model that has one side
         self._encoded: Tensor | None = None
         self._mask: Tensor | None = None
         self._decoder_mask: Tensor | None = None
-        if model.config.is_encoder_decoder:
+        self._two_sided = bool(model.config.is_encoder_decoder)
+        if self._two_sided:
             encoder: Any = model.get_encoder()
-            self._encoder_side = set(encoder.modules())
+            decoder: Any = model.get_decoder()
+            hooks.callback(encoder.register_forward_pre_hook(self._enter).remove)
             hooks.callback(encoder.register_forward_hook(self._remember).remove)
+            self._names = parameter_names(decoder)
+            hooks.callback(decoder.register_forward_pre_hook(self._decode, with_kwargs=True).remove)
 
     def start(self, batch: Batch) -> None:
         """Take the masks of the batch that runs next."""
         self._encoded = None
+        self._in_encoder = not self._two_sided
+        self._given = batch
         self._mask = batch.get("attention_mask")
-        self._decoder_mask = batch.get("decoder_attention_mask")
-        if self._decoder_mask is None and "labels" in batch:
-            # The decoder reads the labels shifted by one: it stands at a token exactly where there is one to predict.
-            self._decoder_mask = batch["labels"] != _IGNORE
+        self._decoder_mask = decoder_mask(batch, self._pad) if self._two_sided else None
 
     def keep(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """True for the vectors that count, shaped as one per vector of x; None if all do."""
-        two_sided = self._encoder_side is not None and module not in self._encoder_side
-        mask = self._decoder_mask if two_sided and not self._is_encoded(x) else self._mask
+        mask = self._mask if self._in_encoder or self._is_encoded(x) else self._decoder_mask
         if mask is None or mask.dim() != 2:
             return None
-        # OPT flattens (batch, length) into one dimension before its feed-forward layers.
-        if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-            return None
-        return mask.to(x.device) != 0
+        leading = x.shape if isinstance(module, nn.Embedding) else x.shape[:-1]
+        found = spread(mask, leading)
+        return None if found is None else found.to(x.device)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._in_encoder = True
 
     def _remember(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._encoded = output[0]
+        self._in_encoder, self._encoded = False, output[0]
+
+    def _decode(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        found = stack_mask(given_to(self._names, args, kwargs), self._given, self._pad, decoder=True)
+        self._decoder_mask = self._decoder_mask if found is None else found
 
     def _is_encoded(self, x: Tensor) -> bool:
         """Whether x is the encoder's output itself, as cross-attention's keys and values are made of."""

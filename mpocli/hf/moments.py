@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.calibration import Batch, Padding, evaluating, run
+from mpocli.hf.padding import decoder_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -313,10 +314,7 @@ class Probe:
 
 def token_mask(batch: Batch, tensor: Tensor) -> Tensor | None:
     """True for the vectors of an output that stand for tokens; None where all count."""
-    decoder = batch.get("decoder_attention_mask")
-    if decoder is None and "labels" in batch and batch["labels"].dim() == 2:
-        decoder = (batch["labels"] != -100).to(batch["labels"].dtype)
-    for mask in (decoder, batch.get("attention_mask")):
+    for mask in (decoder_mask(batch, None), batch.get("attention_mask")):
         if mask is not None and mask.dim() == 2 and tensor.shape[:-1] == mask.shape:
             return mask.to(tensor.device) != 0
     return None

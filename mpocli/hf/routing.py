@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpocli.errors import InputError
+from mpocli.hf.padding import given_to, padding_id, parameter_names, stack_mask
 from mpocli.io.manifest import MPOSpec
 from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions, Shared, attach_router
 
@@ -25,15 +25,18 @@ class RoutingConfig:
     """What `config.json` says of routing: the router's options, and the gradient mask of training.
 
     `mask_prob` = probability that a step's update of a shared central core is discarded (MPOE §3.2), drawn once for
-    each core, or for each of its elements with `mask_elements`.
+    each core, or for each of its elements with `mask_elements`. `length_first` says that the model's layers have their
+    tokens as (length, batch).
     """
 
     router: RouterOptions
     mask_prob: float = DEFAULT_MASK
     mask_elements: bool = False
+    length_first: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self.router), "mask_prob": self.mask_prob, "mask_elements": self.mask_elements}
+        made = {**asdict(self.router), "mask_prob": self.mask_prob, "mask_elements": self.mask_elements}
+        return made | ({"length_first": True} if self.length_first else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RoutingConfig:
@@ -50,8 +53,8 @@ class RoutingConfig:
 def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: RoutingConfig) -> None:
     """Give the expert layers that `specs` names their routers, and let the model tell and ask them.
 
-    Every stack with an attention mask of its own (an encoder, a decoder) tells its routers which tokens are padding;
-    in training the model's loss becomes the sum with the routers' losses.
+    Every stack (an encoder, a decoder) tells its routers which of the tokens that it is given are padding, whoever
+    calls it with what; in training the model's loss becomes the sum with the routers' losses.
     """
     experts = {name: spec for name, spec in specs.items() if spec.experts}
     if not experts:
@@ -65,7 +68,7 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
         weight = next(layer.parameters())
         router = Router(spec.shape[1], spec.experts, routing.router, dtype=weight.dtype, device=weight.device)
         stack = max((prefix for prefix in stacks if _is_in(name, prefix)), key=len)
-        router.shared = shared.setdefault(stack, Shared())
+        router.shared = shared.setdefault(stack, Shared(length_first=routing.length_first))
         attach_router(layer, router, own=True)
     for name, spec in experts.items():
         if spec.router is not None:
@@ -73,9 +76,16 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
             if owner.router is None:
                 raise InputError(f"module {name} is routed by {spec.router}, which has no router")
             attach_router(_layer(model, name), owner.router, own=False)
+    call, sides = _Call(parameter_names(model), padding_id(model)), _sides(model)
+    model.register_forward_pre_hook(call, with_kwargs=True)
     for prefix, state in shared.items():
-        stacks[prefix].register_forward_pre_hook(_Begin(state, _names(stacks[prefix])), with_kwargs=True)
+        stack_module = stacks[prefix]
+        is_decoder = sides is not None and stack_module not in sides
+        begin = _Begin(state, call, parameter_names(stack_module), is_decoder)
+        stack_module.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(_AddLosses(list(shared.values())))
+    # Of a pass that failed, too, nothing may be taken for the next one's.
+    model.register_forward_hook(call.end, always_call=True)
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
@@ -92,35 +102,56 @@ def _layer(model: PreTrainedModel, name: str) -> MPOExperts | DenseExperts:
 
 
 def _stacks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What is called with tokens of its own: models within the model, and the two sides of an encoder-decoder."""
     from transformers import PreTrainedModel
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else []
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) or any(module is side for side in sides)
+    }
+
+
+def _sides(model: PreTrainedModel) -> set[nn.Module] | None:
+    """The modules of the encoder, None for a model of one side."""
+    if not model.config.is_encoder_decoder:
+        return None
+    encoder: Any = model.get_encoder()
+    return set(encoder.modules())
 
 
 def _is_in(name: str, prefix: str) -> bool:
     return not prefix or name.startswith(f"{prefix}.")
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
 # Objects rather than functions: a copied model has copied ones, which know its own routers.
+class _Call:
+    """What the whole model is called with, for as long as it runs."""
+
+    def __init__(self, names: tuple[str, ...], pad: int | None) -> None:
+        self.names, self.pad = names, pad
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.given = given_to(self.names, args, kwargs)
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.given = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "given": {}}
+
+
 class _Begin:
     """Before a stack runs: which of the tokens it is given are padding."""
 
-    def __init__(self, shared: Shared, names: tuple[str, ...]) -> None:
-        self.shared, self.names = shared, names
+    def __init__(self, shared: Shared, call: _Call, names: tuple[str, ...], is_decoder: bool) -> None:
+        self.shared, self.call, self.names, self.is_decoder = shared, call, names, is_decoder
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
-        mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or not isinstance(tokens, Tensor):
-            self.shared.begin()
-            return
-        # With a cache the mask covers what was read before, too.
-        self.shared.begin(mask[:, -tokens.shape[1] :])
+        given = given_to(self.names, args, kwargs)
+        self.shared.begin(stack_mask(given, self.call.given, self.call.pad, decoder=self.is_decoder))
 
 
 class _AddLosses:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.layout import layouts
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.routing import RoutingConfig
+from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight, select
 from mpocli.io.encoding import add_encoded
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
@@ -25,7 +27,7 @@ from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
 from mpocli.methods.kept import Kept
 from mpocli.methods.merge import read_mpo
-from mpocli.methods.moe_plan import Network, networks
+from mpocli.methods.moe_plan import Network, networks, placed
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions
@@ -150,6 +152,8 @@ def run(
             )
             raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
     _check_touched(config, found)
+    found, kept, length_first = _placed(checkpoint, found, kept)
+    config = replace(config, routing=replace(config.routing, length_first=length_first))
     config = _with_one_routing(checkpoint, config)
     worker = _Expander(checkpoint, config, found, progress)
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
@@ -186,6 +190,21 @@ def run(
     )
 
 
+def _placed(checkpoint: Checkpoint, found: list[Network], kept: list[Kept]) -> tuple[list[Network], list[Kept], bool]:
+    """The networks whose inputs are known to be tokens, what is kept, and whether the model has (length, batch)."""
+    chunk = getattr(checkpoint.config, "chunk_size_feed_forward", 0)
+    if chunk:
+        raise InputError(
+            f"config.json: chunk_size_feed_forward {chunk}: networks get pieces, and routers need whole texts",
+            hint="set it to 0",
+        )
+    skeleton = build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+    told = layouts(skeleton, [weight.name for network in found for weight in network.weights])
+    found, kept = placed(found, kept, told)
+    names = {weight.name for network in found for weight in network.weights}
+    return found, kept, any(layout == "length" for name, layout in told.items() if name in names)
+
+
 def _check_touched(config: ExpandConfig, found: list[Network]) -> None:
     """`UsageError` for options of a decomposition where nothing is decomposed any more."""
     weights = [weight for network in found for weight in network.weights]
@@ -213,7 +232,7 @@ def _with_one_routing(checkpoint: Checkpoint, config: ExpandConfig) -> ExpandCon
         masks = {name: stored[name] for name in ("mask_prob", "mask_elements")}
         config = replace(config, routing=replace(config.routing, **masks))
     for name, value in config.routing.to_dict().items():
-        if stored.get(name) != value:
+        if name != "length_first" and stored.get(name) != value:
             raise UsageError(
                 f"{name} {value}: the experts that the model has already have {stored.get(name)}, and one model routes "
                 "in one way",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpocli.errors import InputError
@@ -52,6 +52,27 @@ def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
         why = f": {kept[0].name}: {kept[0].reason}" if kept else ""
         raise InputError(f"no feed-forward network to make experts of{why}", hint="see --layers and --target")
     return found, kept
+
+
+def placed(
+    found: Sequence[Network], kept: Sequence[Kept], layouts: Mapping[str, str]
+) -> tuple[list[Network], list[Kept]]:
+    """The networks whose inputs are tokens, and all that is kept. A router has to know which of its vectors are
+    padding. Raises `InputError` where none is left."""
+    left, others = [], list(kept)
+    for network in found:
+        told = [layouts.get(weight.name, "batch") for weight in network.weights]
+        reason = next((layout for layout in told if layout not in ("batch", "length")), None)
+        if reason is None:
+            left.append(network)
+        else:
+            others += [Kept(weight.name, weight.role, reason) for weight in network.weights]
+    if not left:
+        raise InputError(
+            f"no feed-forward network to make experts of: {others[-1].name}: {others[-1].reason}",
+            hint="a router sends tokens, one vector each, to experts",
+        )
+    return left, others
 
 
 def _why_not(members: Sequence[Weight]) -> str:

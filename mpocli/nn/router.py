@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpocli.errors import InputError
+from mpocli.nn.padding import spread
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,11 @@ class Shared:
     mask: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
     collecting: bool = False
+    length_first: bool = False
 
     def begin(self, mask: Tensor | None = None) -> None:
-        """`mask` (B, L), as long as this pass's inputs: zero or False where a token is padding."""
+        """`mask` (B, L), as long as this pass's inputs: zero or False where a token is padding. The model's layers
+        may have them as (L, B), with `length_first`."""
         self.mask, self.losses, self.collecting = mask, [], True
 
     def end(self) -> Tensor | None:
@@ -104,7 +107,8 @@ class Shared:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mask": None, "losses": [], "collecting": False}  # of a pass, not of a model
+        # The rest is of a pass, not of a model.
+        return {"mask": None, "losses": [], "collecting": False, "length_first": self.length_first}
 
 
 @dataclass(eq=False)
@@ -217,16 +221,16 @@ class Router(nn.Module):
 
     def _real(self, x: Tensor) -> Tensor:
         """(T,) False where a token is padding."""
-        mask = None if self.shared is None else self.shared.mask
-        count = math.prod(x.shape[:-1])
-        if mask is None:
-            return torch.ones(count, dtype=torch.bool, device=x.device)
-        if mask.numel() != count:
+        if self.shared is None or self.shared.mask is None:
+            return torch.ones(math.prod(x.shape[:-1]), dtype=torch.bool, device=x.device)
+        mask = self.shared.mask
+        real = spread(mask, x.shape[:-1], length_first=self.shared.length_first)
+        if real is None:
             raise InputError(
                 f"a padding mask of {tuple(mask.shape)} for a router's input of {tuple(x.shape)}",
                 hint="one entry for each token of this pass; chunk_size_feed_forward must be 0",
             )
-        return mask.reshape(-1).to(x.device) != 0
+        return real.reshape(-1).to(x.device)
 
     def _account(self, logits: Tensor, probabilities: Tensor, experts: Tensor, kept: Tensor, real: Tensor) -> None:
         """Put down losses and statistics."""

@@ -145,7 +145,7 @@ def test_cross_attention_counts_the_source_and_the_decoder_the_target(
     assert sides == {(True, True), (False, True), (False, False)}
 
 
-def test_without_a_mask_the_labels_say_where_the_decoder_stands_at_a_token(
+def test_without_a_mask_labels_or_ids_say_where_the_decoder_stands_at_a_token(
     make: Callable[[str], tf.PreTrainedModel],
 ) -> None:
     model = make("t5")
@@ -154,10 +154,8 @@ def test_without_a_mask_the_labels_say_where_the_decoder_stands_at_a_token(
     name = "decoder.block.1.layer.2.DenseReluDense.wo"
     labelled = {**batch, "labels": ids.masked_fill(mask == 0, -100)}
     assert_same(unchanged(model, [labelled], [name])[name], *expected_gram(model, [labelled], name, lambda b, x: mask))
-    bare = {**batch, "decoder_input_ids": ids}
-    found = unchanged(model, [bare], [name])[name]
-    assert found.tokens == ids.numel()
-    assert_same(found, *expected_gram(model, [bare], name, lambda b, x: None))
+    bare = {**batch, "decoder_input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id)}
+    assert_same(unchanged(model, [bare], [name])[name], *expected_gram(model, [bare], name, lambda b, x: mask))
 
 
 def test_without_an_attention_mask_every_token_counts(make: Callable[[str], tf.PreTrainedModel]) -> None:

@@ -318,8 +318,8 @@ def test_a_router_can_be_copied_in_the_middle_of_a_pass(how):
 def test_a_mask_of_another_size_is_an_error():
     router = router_of(shared=Shared())
     router.shared.begin(torch.ones(2, 3))
-    with pytest.raises(InputError, match=r"\(2, 3\) for a router's input of \(2, 4, 4\)"):
-        router(gaussian(2, 4, 4))
+    with pytest.raises(InputError, match=r"\(2, 3\) for a router's input of \(2, 2, 4\)"):
+        router(gaussian(2, 2, 4))
 
 
 @pytest.mark.parametrize(
