@@ -1,4 +1,4 @@
-"""Shared set-up: the helpers beside this file are importable, one thread for each worker, and never a network."""
+"""Shared set-up: the helpers beside this file are importable, one thread in every process, and never a network."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)  # a second one would mostly wait, and spin while it does
 
 _frozen_at = 0  # so many modules were imported
 
