@@ -3,117 +3,159 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpocli.errors import InputError
+from mpocli.io.apart import Paths, check_apart, holds
+from mpocli.io.claim import ASIDE, Claim, claim, claimed, contents, is_in_a_run, remove
+from mpocli.io.disk import is_no_room, reason
+from mpocli.io.model_files import foreign_files
+
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-def check_output(path: Path, source: Path | None, *, overwrite: bool) -> None:
+def check_output(
+    path: Path,
+    reads: Path | Paths | None,
+    *,
+    overwrite: bool,
+    claims: bool = True,
+    writes: Paths | None = None,
+) -> None:
     """`InputError` unless `path` can become an output directory: absent, empty, or replaceable by request.
 
-    `source` is the input's directory, None where it has yet to be downloaded. What a killed run had moved aside
-    is back at `path` when it is looked at.
+    `reads` are the paths that the command reads by option (or the model's alone, None where it has yet to be
+    downloaded), `writes` those that it writes beside `--out`. In a run under `writes_output` the path is then the
+    run's own, and what stands there is remembered: something else is not replaced. What a killed run had moved aside
+    is back at `path` when it is looked at. Without `claims` another process of this run has done all that.
     """
+    found = reads if isinstance(reads, Mapping) else {"the input": reads}
+    check_apart({"--out": path, **(writes or {})}, found)
     resolved = path.resolve()
-    origin = source and source.resolve()
-    if origin and (_holds(resolved, origin) or _holds(origin, resolved)):
+    if resolved.is_mount():
+        raise InputError(f"{path}: is a mount point, which cannot be replaced", hint="name a directory in it")
+    if claims:
+        try:
+            if is_in_a_run():
+                claim(path)
+            else:
+                with claimed(path):
+                    pass
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    _check_replaceable(path, overwrite=overwrite)
+
+
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    if not path.is_dir():
+        if path.exists():
+            raise InputError(f"{path}: exists and is not a directory", hint="choose another --out")
+        return
+    if holds(path.resolve(), Path.cwd()):
         raise InputError(
-            f"{path}: the output and the input {source} lie inside each other", hint="choose another --out"
+            f"{path}: the working directory lies in it, and would be deleted from under the shell",
+            hint="choose another --out, or run mpocli from elsewhere",
         )
-    try:
-        _sweep(resolved)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    if path.is_dir():
-        if _holds(resolved, Path.cwd()):
-            raise InputError(
-                f"{path}: the working directory lies in it, and would be deleted from under the shell",
-                hint="choose another --out, or run mpocli from elsewhere",
-            )
-        if not overwrite and any(path.iterdir()):
-            raise InputError(f"{path}: exists and is not empty", hint="choose another --out, or pass --overwrite")
-        if overwrite and any(path.iterdir()) and not (path / "config.json").is_file():
-            raise InputError(
-                f"{path}: is not a model directory (no config.json), so --overwrite will not replace it",
-                hint="choose another --out",
-            )
-    elif path.exists():
-        raise InputError(f"{path}: exists and is not a directory", hint="choose another --out")
-
-
-def _holds(directory: Path, other: Path) -> bool:
-    return directory == other or directory in other.parents
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{path}: exists and is not empty", hint="choose another --out, or pass --overwrite")
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: is not a model directory (no config.json), so --overwrite will not replace it",
+            hint="choose another --out",
+        )
+    foreign = foreign_files(path)
+    if foreign:
+        names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(
+            f"{path}: holds {names}, which no model needs and --overwrite would delete",
+            hint="move them elsewhere, or choose another --out",
+        )
 
 
 @contextmanager
 def output_directory(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to build in; renamed to `path` at the end, removed on any failure.
+    """A directory beside `path` to build in; renamed to `path` at the end, removed on any failure.
 
-    Whatever stood at `path` is replaced only then. A kill leaves the old directory as it was; the next run
-    with the same output sweeps the remains up. Raises `InputError` where the disk is full or not writable.
+    Whatever stood at `path` when it was claimed is replaced only then, and nothing else ever: what has appeared or
+    changed since stays, and the run ends with `InputError`. A kill leaves the old directory as it was; the next run
+    with the same output sweeps the remains up. Raises `InputError` too where the disk is full or not writable.
     """
     path = path.resolve()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        work.mkdir()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        yield work
-        _sync(work)
-        _put_into_place(work, path)
-        _sync_directory(path.parent)
+        with claimed(path) as own:
+            work = own.workshop() / "new"
+            work.mkdir()
+            own.is_building = True
+            try:
+                yield work
+                _sync(work)
+                _put_into_place(work, own)
+                _sync_directory(path.parent)
+                own.seen = contents(path)
+            finally:
+                own.is_building = False
+                remove(work)
     except OSError as error:
         raise _unwritable(path, error) from error
     except Exception as error:
         if is_no_room(error):
             raise _unwritable(path, error) from error
         raise
-    finally:
-        _remove(work)
-
-
-def is_no_room(error: Exception) -> bool:
-    """Whether an error is the system's about writing, in a class of safetensors' or torch's own."""
-    text = str(error)
-    return any(words in text for words in ("No space left", "File too large", "unexpected pos", "file write failed"))
-
-
-def _remove(directory: Path) -> None:
-    """Delete a directory, also where an interrupt comes in the middle of that."""
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 def _unwritable(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing was left behind",
+        f"{path}: cannot be written ({reason(error)}); nothing was left behind",
         hint="free some space or choose another --out",
     )
 
 
-def _put_into_place(work: Path, path: Path) -> None:
-    """Rename `work` to `path`; what stood there is then at `work`, or gone."""
-    if not path.exists() or not any(path.iterdir()) or not _exchange(work, path):
-        old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+def _put_into_place(work: Path, own: Claim) -> None:
+    """Rename `work` to the claimed path; what was seen there is then in the workshop, or gone."""
+    path = own.path
+    if not own.seen or not os.path.lexists(path):
+        _rename_to_nothing(work, path)
+    elif _exchange(work, path):
+        _check_displaced(work, own, lambda: _exchange(work, path))
+    else:
+        aside = own.workshop() / ASIDE
         try:
-            if path.exists():
-                path.rename(old)
-            work.rename(path)
+            path.rename(aside)
+            _check_displaced(aside, own, lambda: aside.rename(path))
+            _rename_to_nothing(work, path)
         finally:  # an interrupt may come anywhere between
-            if path.exists():
-                _remove(old)
-            elif old.exists():
-                old.rename(path)
+            if aside.exists() and not os.path.lexists(path):
+                aside.rename(path)
+
+
+def _rename_to_nothing(work: Path, path: Path) -> None:
+    """The system itself sees to it, in one step, that nothing or an empty directory is there."""
+    try:
+        work.rename(path)
+    except OSError as error:
+        if error.errno in _IN_THE_WAY:
+            raise _appeared(path) from error
+        raise
+
+
+def _check_displaced(displaced: Path, own: Claim, undo: object) -> None:
+    """Looked at once it is out of everybody's way: between a look and a renaming others could still write there."""
+    if contents(displaced) != own.seen:
+        assert callable(undo)
+        undo()
+        raise _appeared(own.path)
+
+
+def _appeared(path: Path) -> InputError:
+    return InputError(
+        f"{path}: something was written there since this run began, and stays as it is", hint="choose another --out"
+    )
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -146,30 +188,3 @@ def _sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _sweep(path: Path) -> None:
-    """Clear what runs that were killed left beside `path`, and put back what they had moved aside."""
-    for marker in (".partial-", ".replaced-"):
-        for left in path.parent.glob(f".{_escaped(path.name)}{marker}*"):
-            pid = left.name.rpartition("-")[2]
-            if not pid.isdigit() or _alive(int(pid)):
-                continue
-            if marker == ".replaced-" and not path.exists():
-                left.rename(path)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

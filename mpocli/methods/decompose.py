@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Manifest, Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.scratch import scratch_directory
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
 from mpocli.methods.compare import Compared
 from mpocli.methods.decompose_budget import decide
 from mpocli.methods.decompose_plan import DecomposeConfig, plan
 from mpocli.methods.decompose_write import Decomposer, ModuleReport, Progress
+from mpocli.methods.inputs import paths_read
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DecomposeReport:
     compared: tuple[Compared, ...] = ()
 
 
+@writes_output
 def run(
     model: str,
     config: DecomposeConfig,
@@ -51,13 +54,12 @@ def run(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if not dry_run:
-        check_output(out, checkpoint.source.directory, overwrite=overwrite)
+        check_output(out, paths_read(checkpoint.source.directory, config), overwrite=overwrite)
     plans = plan(checkpoint, config)
     warnings: list[str] = []
     compared: tuple[Compared, ...] = ()
-    with TemporaryDirectory(prefix="mpocli-") as scratch:
+    with scratch_directory(None if dry_run else out) as folder:
         if config.budget is not None:
-            folder = Path(scratch)
             decision = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
             plans, compared = decision.plans, decision.compared
         # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.

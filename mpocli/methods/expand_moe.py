@@ -20,11 +20,13 @@ from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight, select
+from mpocli.io.claim import writes_output
 from mpocli.io.encoding import add_encoded
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
+from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
 from mpocli.methods.merge import read_mpo
 from mpocli.methods.moe_plan import Network, networks, placed
@@ -111,6 +113,7 @@ class ExpandReport:
     dense_experts_params: int
 
 
+@writes_output
 def run(
     model: str,
     config: ExpandConfig,
@@ -130,7 +133,7 @@ def run(
             f"--top-k {config.routing.router.top_k}: more than --experts {config.experts}", hint="choose less"
         )
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    check_output(out, paths_read(checkpoint.source.directory, config), overwrite=overwrite)
     before = checkpoint.totals()
     chosen = select(
         checkpoint.survey.weights,

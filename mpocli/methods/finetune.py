@@ -13,6 +13,7 @@ from typing import Any
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.io.claim import discard, writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
@@ -111,6 +112,7 @@ class FinetuneReport:
     is_writer: bool = True
 
 
+@writes_output
 def run(
     model: str,
     config: FinetuneConfig,
@@ -241,7 +243,7 @@ def run(
             more |= {"routers": dict(routed)} if routed else {}
             totals = write_trained(work, student, checkpoint, "finetune", recorded, seed=seed, metrics=after, more=more)
             shutil.copyfile(training / METRICS, work / METRICS)
-        shutil.rmtree(training, ignore_errors=True)
+        discard(training)
         test = evaluate(student, data, config.data, split="test")
         seconds = time.perf_counter() - started
         report = replace(report, seconds=seconds, metrics=after, test_metrics=test, totals=totals)

@@ -14,6 +14,7 @@ from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.targets import Weight
 from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Manifest, ModuleEntry, Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.writer import CheckpointWriter
@@ -32,6 +33,7 @@ class MergeReport:
     totals: Totals
 
 
+@writes_output
 def run(
     model: str,
     out: Path,

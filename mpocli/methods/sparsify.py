@@ -10,10 +10,12 @@ from pathlib import Path
 
 from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods import sparsify_train
 from mpocli.methods.device import device_of
+from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
 from mpocli.methods.run_directory import begin
 from mpocli.methods.sparsify_calibrated import prune_by_activations
@@ -68,6 +70,7 @@ class SparsifyReport:
     is_writer: bool = True
 
 
+@writes_output
 def run(
     model: str,
     config: SparsifyConfig,
@@ -115,7 +118,7 @@ def run(
         )
     device = device_of(config.device)
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    check_output(out, checkpoint.source.directory, overwrite=overwrite)
+    check_output(out, paths_read(checkpoint.source.directory, config), overwrite=overwrite)
     checkpoint.totals()  # names what files and config disagree about, before any work
     targets, kept = plan(checkpoint, config)
     before = _measure(checkpoint, config, "eval", progress)

@@ -15,6 +15,7 @@ from mpocli.hf.artifact import write_trained
 from mpocli.hf.replace import dense_shape, local_name
 from mpocli.hf.roles import role_of
 from mpocli.hf.sparse import set_encodings, sparse_encodings
+from mpocli.io.claim import discard
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
@@ -153,7 +154,7 @@ def run(
                 max_shard_bytes=config.max_shard_bytes,
             )
             shutil.copyfile(training / METRICS, work / METRICS)
-        shutil.rmtree(training, ignore_errors=True)
+        discard(training)
         test = evaluate(student, data, options, split="test")
         trained = replace(trained, totals=totals, metrics=after, test_metrics=test)
     state.wait_for_everyone()

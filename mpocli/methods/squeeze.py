@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.io.claim import discard, writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
 from mpocli.methods.run_directory import begin, reports_beside, run_directory
@@ -53,6 +53,7 @@ class SqueezeReport:
     is_writer: bool = True
 
 
+@writes_output
 def run(
     model: str,
     config: SqueezeConfig,
@@ -161,7 +162,7 @@ def run(
                 metrics=report.metrics,
                 more={"rounds": [asdict(record) for record in progressed.records]},
             )
-        shutil.rmtree(training, ignore_errors=True)
+        discard(training)
         test = evaluate(student, data, config.data, split="test")
         seconds = time.perf_counter() - started
         report = replace(report, seconds=seconds, test_metrics=test, totals=totals)

@@ -6,7 +6,6 @@ next: no optimiser ever outlives the tensors it was built for.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from mpocli.errors import InputError, NumericsError, UsageError
-from mpocli.io.output import is_no_room
+from mpocli.io.disk import is_no_room
 from mpocli.train.distill import Distillation
 from mpocli.train.encode import IGNORE
 from mpocli.train.moments import Moments, put_moments
@@ -33,7 +32,6 @@ from mpocli.train.updates import parameter_groups
 METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint-"
 _RAW = "parameters.safetensors"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 # A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
 _LEAST_SAVE_STEPS = 100
 
@@ -425,10 +423,6 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
         kept = last_checkpoint(directory)
         where = f"; the last good weights are {kept}" if kept else ""
         raise NumericsError(error.message, hint=f"{error.hint}{where}") from error
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise _unwritable(trainer, error) from error
     except Exception as error:
         if is_no_room(error):
             raise _unwritable(trainer, error) from error

@@ -7,6 +7,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import transformers as tf
 from cli.processes import Ended, Moment, Server
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
 from mpocli.hf import artifact
+from mpocli.io.output import output_directory
 from mpocli.io.writer import CheckpointWriter
 
 
@@ -74,7 +77,7 @@ def out(work: Path, stage: Stage) -> Path:
     return Path(shutil.copytree(stage.before, work / "out"))
 
 
-FIRST_BYTE = ("open", r"\.partial-\d+/\.spool$")
+FIRST_BYTE = ("open", r"\.partial/new/\.spool$")
 
 
 def test_a_kill_while_it_writes_leaves_the_old_directory_and_the_next_run_sweeps_up(slow: Stage, work: Path) -> None:
@@ -88,7 +91,7 @@ def test_a_kill_while_it_writes_leaves_the_old_directory_and_the_next_run_sweeps
         found, left = tree(work / "out"), [path.name for path in work.iterdir() if path.name != "out"]
         if found != slow.new:
             assert found == slow.old
-            assert len(left) == 1 and ".partial-" in left[0]  # what the kill before this one left is swept up
+            assert sorted(left) == [".out.lock", ".out.partial"]  # what the kill before this one left is swept up
             killed += 1
     assert killed >= 3
     slow.finishes_and_sweeps(work)
@@ -97,13 +100,13 @@ def test_a_kill_while_it_writes_leaves_the_old_directory_and_the_next_run_sweeps
 # (audit event, pattern in its arguments, the how-manieth)
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "before the first byte": (*FIRST_BYTE, 1),
-    "before the weight file": ("open", r"\.partial-\d+/model\.safetensors$", 1),
-    "before the config": ("open", r"\.partial-\d+/config\.json$", 1),
-    "before the manifest": ("open", r"\.partial-\d+/mpo\.json$", 1),
-    "before the flush": ("open", r"\.partial-\d+/mpo\.json$", 2),
-    "before the first renaming": ("os.rename", r"\.(partial|replaced)-\d+$", 1),
-    "before the second renaming": ("os.rename", r"\.(partial|replaced)-\d+$", 2),
-    "before the deletion": ("shutil.rmtree", r"\.(partial|replaced)-\d+$", 1),
+    "before the weight file": ("open", r"\.partial/new/model\.safetensors$", 1),
+    "before the config": ("open", r"\.partial/new/config\.json$", 1),
+    "before the manifest": ("open", r"\.partial/new/mpo\.json$", 1),
+    "before the flush": ("open", r"\.partial/new/mpo\.json$", 2),
+    "before the first renaming": ("os.rename", r"\.partial/(new|replaced)$", 1),
+    "before the second renaming": ("os.rename", r"\.partial/(new|replaced)$", 2),
+    "before the deletion": ("shutil.rmtree", r"\.partial/(new|replaced)$", 1),
 }
 
 
@@ -234,7 +237,7 @@ def test_a_renaming_that_fails_puts_the_old_directory_back(
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if self.name == "new":
             raise error
         return rename(self, target)
 
@@ -268,11 +271,27 @@ def test_an_output_that_is_new_is_not_there_after_a_failure(
 
 def test_overwrite_leaves_no_file_of_the_old_directory(cli: Cli, bert: Path, work: Path) -> None:
     succeeded(cli("decompose", bert, "-o", "out", "--max-shard-size", "20KB"))
-    (work / "out" / "notes.txt").write_text("of the old one")
+    tf.AutoTokenizer.from_pretrained(bert).save_pretrained(work / "out")  # as a user may have done
     succeeded(cli("decompose", bert, "--trunc", 8, "-o", "out", "--overwrite"))
     assert set(tree(work / "out")) == {*tree(bert), "README.md", "mpo.json"}
     assert [path.name for path in work.iterdir()] == ["out"]
     tf.BertForSequenceClassification.from_pretrained(work / "out")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "results.json", "checkpoint-500/optimizer.pt", ".git/HEAD"])
+def test_overwrite_does_not_delete_what_is_no_models_and_says_what_that_is(
+    name: str, cli: Cli, mpo: Path, work: Path
+) -> None:
+    """A manifest or none: a model directory that a user works in has other files than the model's."""
+    succeeded(cli("merge", mpo, "-o", "out"))
+    shutil.copytree(work / "out", work / "dense")
+    (work / "dense" / "mpo.json").unlink()
+    for out in ("out", "dense"):
+        (work / out / name).parent.mkdir(exist_ok=True)
+        (work / out / name).write_text("mine")
+        before = tree(work)
+        refused(cli("merge", mpo, "-o", out, "--overwrite"), 3, name, "--overwrite")
+        assert tree(work) == before
 
 
 def test_an_empty_directory_needs_no_overwrite_and_a_missing_parent_is_made(cli: Cli, bert: Path, work: Path) -> None:
@@ -300,26 +319,20 @@ def test_a_directory_above_the_working_directory_is_not_replaced_either(cli: Cli
     assert tree(work) == before and Path().samefile(work / "out" / "below")
 
 
+def _moved_aside(work: Path) -> None:
+    """As by a kill between the two renamings of a system that cannot exchange directories."""
+    (work / ".out.partial").mkdir()
+    (work / "out").rename(work / ".out.partial" / "replaced")
+    (work / ".out.lock").touch()
+
+
 def test_what_a_kill_moved_aside_is_not_overwritten_unasked(cli: Cli, mpo: Path, work: Path) -> None:
     """It is put back before the output is looked at, and then stands in the way like any other."""
     succeeded(cli("merge", mpo, "-o", "out"))
     before = tree(work)
-    (work / "out").rename(work / ".out.replaced-999999999")
+    _moved_aside(work)
     refused(cli("merge", mpo, "-o", "out"), 3, "not empty", "--overwrite")
     assert tree(work) == before
-
-
-def test_what_a_running_process_writes_is_not_swept(cli: Cli, bert: Path, work: Path) -> None:
-    """Only remains of processes that are gone: two runs with one output must not tear at each other."""
-    alive = work / f".out.partial-{os.getppid()}"
-    alive.mkdir()
-    (alive / "half").write_text("in the making")
-    stranger = work / ".other.partial-999999999"
-    stranger.mkdir()
-    gone = work / ".out.partial-999999999"
-    gone.mkdir()
-    succeeded(cli("decompose", bert, "--trunc", 8, "-o", "out"))
-    assert {path.name for path in work.iterdir()} == {"out", alive.name, stranger.name}
 
 
 def test_what_a_kill_moved_aside_is_put_back_by_the_next_run_even_if_that_fails(
@@ -327,9 +340,64 @@ def test_what_a_kill_moved_aside_is_put_back_by_the_next_run_even_if_that_fails(
 ) -> None:
     succeeded(cli("merge", mpo, "-o", "out"))
     before = tree(work / "out")
-    (work / "out").rename(work / ".out.replaced-999999999")
-    (work / ".out.partial-999999999").mkdir()
+    _moved_aside(work)
     _fail_at_finish(monkeypatch)
     refused(cli("merge", mpo, "-o", "out", "--overwrite"), 3)
     assert tree(work / "out") == before
+    assert [path.name for path in work.iterdir()] == ["out"]
+
+
+# --- others ------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_writers_the_second_ends_at_once_and_loses_nothing(cli: Cli, mpo: Path, work: Path) -> None:
+    """The first is alive as long as it holds the lock, whatever its process id means here."""
+    with output_directory(work / "out") as building:
+        (building / "half").write_text("in the making")
+        before = tree(work)
+        for overwrite in ([], ["--overwrite"]):
+            refused(cli("merge", mpo, "-o", "out", *overwrite), 3, "another process")
+        assert tree(work) == before
+    assert tree(work).keys() == {"out", "out/half"}
+
+
+@pytest.mark.parametrize("verb", ["decompose", "merge"])
+def test_what_appears_at_the_output_meanwhile_is_not_deleted(
+    verb: str, cli: Cli, mpo: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = CheckpointWriter.finish
+
+    def meanwhile(self: CheckpointWriter) -> list[Path]:
+        (work / "out").mkdir()
+        (work / "out" / "thesis.tex").write_text("mine")
+        return finish(self)
+
+    monkeypatch.setattr(CheckpointWriter, "finish", meanwhile)
+    refused(cli(verb, mpo, "-o", "out"), 3, "since this run began")
+    assert tree(work).keys() == {"out", "out/thesis.tex"}
+
+
+def test_two_processes_with_one_output_end_with_0_and_3(stage: Stage, bert: Path, work: Path) -> None:
+    """Really at once: the second is started by the first, when that is about to write its weights."""
+    command = ["decompose", str(bert), "--trunc", "24", "-o", "out"]
+    script = f"""
+import os, sys
+from mpocli.cli.app import main
+from mpocli.io.output import output_directory
+from mpocli.io.writer import CheckpointWriter
+finish = CheckpointWriter.finish
+def second(self):
+    CheckpointWriter.finish = finish
+    pid = os.fork()
+    if pid == 0:
+        try: main({command})
+        except SystemExit as stop: os._exit(stop.code or 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    return finish(self)
+CheckpointWriter.finish = second
+main({command})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "another process is writing" in done.stderr and tree(work / "out") == stage.new
     assert [path.name for path in work.iterdir()] == ["out"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mpocli.errors import InputError
-from mpocli.io import output
+from mpocli.io import claim, lock, output
+from mpocli.io.claim import writes_output
 from mpocli.io.output import check_output, output_directory
 
 
@@ -23,7 +24,7 @@ def test_nothing_is_at_the_path_before_the_block_ends_and_all_of_it_after(tmp_pa
     out = tmp_path / "out"
     with output_directory(out) as work:
         (work / "a").write_text("1")
-        assert not out.exists() and work.parent == tmp_path and work.name.startswith(".")
+        assert not out.exists() and work.parent == tmp_path / ".out.partial"
     assert _names(tmp_path) == {"out"} and (out / "a").read_text() == "1"
 
 
@@ -77,8 +78,9 @@ def test_a_symbolic_link_at_the_path_keeps_pointing_at_what_is_replaced(tmp_path
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "-a", "a b", "ünï"])
 def test_remains_of_an_output_with_an_odd_name_are_swept_and_only_they(name: str, tmp_path: Path) -> None:
-    (tmp_path / f".{name}.partial-999999999").mkdir()
-    bystander = tmp_path / ".aXb.partial-999999999"
+    (tmp_path / f".{name}.partial").mkdir()
+    (tmp_path / f".{name}.lock").touch()
+    bystander = tmp_path / ".aXb.partial"
     bystander.mkdir()
     with output_directory(tmp_path / name):
         pass
@@ -112,14 +114,109 @@ def test_nothing_is_known_of_the_input_before_it_is_downloaded(tmp_path: Path) -
 
 
 def test_remains_are_swept_before_the_output_is_checked(tmp_path: Path) -> None:
-    out, partial = tmp_path / "out", tmp_path / ".out.partial-999999999"
-    aside = tmp_path / ".out.replaced-999999999"
-    aside.mkdir()
-    partial.mkdir()
+    aside = tmp_path / ".out.partial" / "replaced"
+    aside.mkdir(parents=True)
     (aside / "config.json").write_text("{}")
     with pytest.raises(InputError, match="--overwrite"):
-        check_output(out, tmp_path / "source", overwrite=False)
-    assert _names(tmp_path) == {"out"} and _names(out) == {"config.json"}
+        check_output(tmp_path / "out", tmp_path / "source", overwrite=False)
+    assert _names(tmp_path) == {"out"} and _names(tmp_path / "out") == {"config.json"}
+
+
+def test_the_living_are_told_by_the_lock_they_hold(tmp_path: Path) -> None:
+    """Neither by a process id, which is 1 in every container, nor by the presence of a file, which a kill leaves."""
+    with output_directory(tmp_path / "out") as work:
+        (work / "a").write_text("1")
+        with pytest.raises(InputError, match="another process"):
+            check_output(tmp_path / "out", None, overwrite=True)
+        assert (work / "a").read_text() == "1"
+    assert _names(tmp_path) == {"out"}
+
+
+def test_nothing_is_deleted_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nobody knows whether somebody works in it still."""
+
+    def no_locks(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    for left in (".out.partial", ".out.partial-abcd"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half").write_text("of another")
+    with output_directory(tmp_path / "out") as work:
+        (work / "a").write_text("1")
+    assert _names(tmp_path) == {"out", ".out.partial", ".out.partial-abcd"} and _names(tmp_path / "out") == {"a"}
+    assert (tmp_path / ".out.partial" / "half").exists() and (tmp_path / ".out.partial-abcd" / "half").exists()
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("before", ["absent", "empty", "a model"])
+def test_what_was_written_at_the_output_since_it_was_claimed_stays(
+    before: str, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(output, "_exchange", lambda a, b: False)
+    out = tmp_path / "out"
+    if before != "absent":
+        out.mkdir()
+    if before == "a model":
+        (out / "config.json").write_text("{}")
+    found = _names(out) if out.exists() else set()
+
+    @writes_output
+    def run() -> None:
+        check_output(out, None, overwrite=True)
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("mine")  # after the look, before the work begins
+        with output_directory(out) as work:
+            (work / "new").write_text("new")
+
+    with pytest.raises(InputError, match="since this run began"):
+        run()
+    assert _names(tmp_path) == {"out"} and _names(out) == {*found, "thesis.tex"}
+
+
+def test_what_has_changed_in_place_since_it_was_claimed_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="since this run began"), output_directory(out):
+        (out / "config.json").write_text('{"a": 1}')
+    assert (out / "config.json").read_text() == '{"a": 1}'
+
+
+def test_missing_parents_are_made_for_a_result_and_not_for_a_failure(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "out", None, overwrite=False)
+    with pytest.raises(ValueError), output_directory(tmp_path / "a" / "b" / "out"):
+        raise ValueError
+    assert _names(tmp_path) == set()
+
+
+def test_a_mount_point_is_no_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It could not be renamed to in the end."""
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "out")
+    with pytest.raises(InputError, match="mount point"):
+        check_output(tmp_path / "out", None, overwrite=False)
+
+
+def test_a_directory_is_discarded_whole_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle leaves nothing under its name, and the next claim beside it sweeps the rest."""
+    training, out = tmp_path / "out.training", tmp_path / "out"
+    training.mkdir()
+    (training / "run.json").write_text("{}")
+
+    @writes_output
+    def run() -> None:
+        check_output(out, None, overwrite=True)
+        monkeypatch.setattr(claim, "_remove", lambda path: None)  # killed here
+        claim.discard(training)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context(), pytest.raises(KeyboardInterrupt):
+        run()
+    assert not training.exists() and _names(tmp_path) == {".out.partial"}
+    monkeypatch.undo()
+    check_output(out, None, overwrite=False)
+    assert _names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("below", [".", "below"])
@@ -168,7 +265,7 @@ def test_a_file_system_that_cannot_flush_a_directory_is_no_obstacle(
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), SystemExit()], ids=repr)
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("renaming", [".replaced-", ".partial-"])
+@pytest.mark.parametrize("renaming", ["replaced", "new"])
 def test_whatever_interrupts_a_renaming_leaves_old_or_new_and_no_remains(
     renaming: str, moment: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +276,7 @@ def test_whatever_interrupts_a_renaming_leaves_old_or_new_and_no_remains(
     rename, raised = Path.rename, []
 
     def interrupted(self: Path, target: Path) -> Path:
-        if raised or renaming not in (target if self == out else self).name:
+        if raised or renaming != (target if self == out else self).name:
             return rename(self, target)
         raised.append(error)
         if moment == "after":
@@ -191,7 +288,7 @@ def test_whatever_interrupts_a_renaming_leaves_old_or_new_and_no_remains(
     with pytest.raises((InputError, KeyboardInterrupt, SystemExit)), output_directory(out) as work:
         (work / "new").write_text("new")
     assert raised and _names(tmp_path) == {"out"}
-    assert _names(out) == ({"new"} if renaming == ".partial-" and moment == "after" else {"old"})
+    assert _names(out) == ({"new"} if renaming == "new" and moment == "after" else {"old"})
 
 
 def test_source_and_output_may_be_neighbours_with_one_name_inside_the_other(tmp_path: Path) -> None:
