@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from strangers import run_stranger
 
 from cli.moe import apart, expert_layers, load, routing, weights
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
@@ -349,10 +348,9 @@ for directory in sys.argv[1:]:
     except Exception as error:
         print("error")
 """
-    command = [sys.executable, "-c", script, str(classifier), "dense"]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["error", "error"], done.stderr
-    assert done.stderr.count("import_mpocli_before_from_pretrained") >= 2
+    ended = run_stranger(script, classifier, "dense", cwd=work)
+    assert ended.out.split() == ["error", "error"], ended.err
+    assert ended.err.count("import_mpocli_before_from_pretrained") >= 2
 
 
 def test_inspect_shows_the_experts_and_what_they_share(cli: Cli, expand: Run, bert: Path, work: Path) -> None:

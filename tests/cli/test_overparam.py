@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from strangers import run_stranger
 
 from cli import tasks
 from cli.processes import Moment, Server
@@ -87,11 +86,9 @@ with torch.no_grad():
 assert not any(name.startswith("mpocli") for name in sys.modules)
 print(sum(guess == int(label) for guess, (_, label) in zip(guesses, rows)) / len(rows))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(lab / "dev.tsv")], cwd=work, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert abs(float(done.stdout) - report["metrics"]["accuracy"]) <= 1e-9
+    ended = run_stranger(script, lab / "dev.tsv", cwd=work)
+    assert ended.code == 0, ended.err
+    assert abs(float(ended.out) - report["metrics"]["accuracy"]) <= 1e-9
 
 
 def test_expanded_matrices_move_and_otherwise_than_plain_ones(train: Train, body: Path, work: Path) -> None:

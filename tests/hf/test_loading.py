@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import transformers
 from families import FAMILIES, logits, make
 from safetensors.torch import load_file, save_file
+from strangers import run_stranger
 
 import mpocli
 from mpocli.methods import decompose, merge
@@ -27,15 +31,34 @@ def bound(reference: torch.Tensor) -> float:
     return 1e-5 * max(1.0, float(reference.abs().max()))
 
 
-def checkpoint(tmp_path: Path, family: str, config: DecomposeConfig) -> tuple[transformers.PreTrainedModel, Path]:
-    dense = make(family, tmp_path / "dense")
-    decompose.run(str(tmp_path / "dense"), config, tmp_path / "mpo")
-    return dense, tmp_path / "mpo"
+Spoilt = tuple[type[transformers.PreTrainedModel], Path]
+Checkpoints = Callable[[str, DecomposeConfig], tuple[transformers.PreTrainedModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """A dense model and the directory of its MPOs, made once; nobody writes into it."""
+
+    @functools.cache
+    def made(family: str, config: DecomposeConfig) -> tuple[transformers.PreTrainedModel, Path]:
+        path = tmp_path_factory.mktemp(family)
+        dense = make(family, path / "dense")
+        decompose.run(str(path / "dense"), config, path / "mpo")
+        return dense, path / "mpo"
+
+    return made
+
+
+@pytest.fixture
+def spoilt(checkpoint: Checkpoints, tmp_path: Path) -> Spoilt:
+    """The class of a model and a copy of its MPOs to spoil."""
+    dense, directory = checkpoint("bert-classifier", TRUNCATED)
+    return type(dense), Path(shutil.copytree(directory, tmp_path / "mpo"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lossless_logits_equal_the_dense_ones(family: str, tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, family, LOSSLESS)
+def test_lossless_logits_equal_the_dense_ones(family: str, checkpoint: Checkpoints) -> None:
+    dense, directory = checkpoint(family, LOSSLESS)
     loaded = type(dense).from_pretrained(directory).eval()
     expected = logits(dense)
     assert float((logits(loaded) - expected).abs().max()) <= bound(expected)
@@ -49,8 +72,8 @@ def test_lossless_logits_equal_the_dense_ones(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_save_pretrained_round_trips_bit_for_bit(family: str, tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, family, TRUNCATED)
+def test_save_pretrained_round_trips_bit_for_bit(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    dense, directory = checkpoint(family, TRUNCATED)
     loaded = type(dense).from_pretrained(directory).eval()
     loaded.save_pretrained(tmp_path / "again")
     again = type(dense).from_pretrained(tmp_path / "again").eval()
@@ -62,8 +85,8 @@ def test_save_pretrained_round_trips_bit_for_bit(family: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_checkpoint_is_ordinary_and_equal(family: str, tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, family, TRUNCATED)
+def test_merged_checkpoint_is_ordinary_and_equal(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    dense, directory = checkpoint(family, TRUNCATED)
     mpo = type(dense).from_pretrained(directory).eval()
     merge.run(str(directory), tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -75,8 +98,8 @@ def test_merged_checkpoint_is_ordinary_and_equal(family: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["bert-masked-lm", "gpt2", "t5", "qwen2", "bart", "albert"])
-def test_tied_cores_are_one_parameter_stored_once(family: str, tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, family, TRUNCATED)
+def test_tied_cores_are_one_parameter_stored_once(family: str, checkpoint: Checkpoints) -> None:
+    dense, directory = checkpoint(family, TRUNCATED)
     loaded = type(dense).from_pretrained(directory).eval()
     table, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     assert isinstance(table, MPOEmbedding)
@@ -98,8 +121,8 @@ def test_tied_cores_are_one_parameter_stored_once(family: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["bert-masked-lm", "gpt2", "t5", "bart", "gemma3"])
-def test_dequantize_gives_back_the_dense_model(family: str, tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, family, TRUNCATED)
+def test_dequantize_gives_back_the_dense_model(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    dense, directory = checkpoint(family, TRUNCATED)
     loaded = type(dense).from_pretrained(directory).eval()
     expected = logits(loaded)
     loaded.dequantize()
@@ -111,8 +134,8 @@ def test_dequantize_gives_back_the_dense_model(family: str, tmp_path: Path) -> N
     assert {n for n, _ in again.named_parameters()} == {n for n, _ in dense.named_parameters()}
 
 
-def test_a_classifier_loads_as_encoder_and_an_encoder_under_a_new_head(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_a_classifier_loads_as_encoder_and_an_encoder_under_a_new_head(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    dense, directory = checkpoint("bert-classifier", TRUNCATED)
     whole = type(dense).from_pretrained(directory).eval()
     encoder = transformers.AutoModel.from_pretrained(directory).eval()
     ids = torch.arange(5, 15)[None]
@@ -124,8 +147,8 @@ def test_a_classifier_loads_as_encoder_and_an_encoder_under_a_new_head(tmp_path:
         assert torch.equal(headed.bert(ids)[0], whole.bert(ids)[0])
 
 
-def test_t5_encoder_alone_loads_from_the_whole_model(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "t5", TRUNCATED)
+def test_t5_encoder_alone_loads_from_the_whole_model(checkpoint: Checkpoints) -> None:
+    dense, directory = checkpoint("t5", TRUNCATED)
     whole = type(dense).from_pretrained(directory).eval()
     encoder = transformers.T5EncoderModel.from_pretrained(directory).eval()
     ids = torch.arange(5, 15)[None]
@@ -133,8 +156,8 @@ def test_t5_encoder_alone_loads_from_the_whole_model(tmp_path: Path) -> None:
         assert torch.equal(encoder(ids)[0], whole.encoder(ids)[0])
 
 
-def test_generate_runs_and_matches_the_merged_model(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "gpt2", TRUNCATED)
+def test_generate_runs_and_matches_the_merged_model(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    dense, directory = checkpoint("gpt2", TRUNCATED)
     merge.run(str(directory), tmp_path / "merged")
     ids = torch.arange(5, 12)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -170,45 +193,38 @@ def test_sharded_output_loads(tmp_path: Path) -> None:
 # --- never a wrong model ------------------------------------------------------------------------------------------
 
 _LOAD = """
-import sys
-{before}
+import sys, torch
+torch.set_num_threads({threads})
+{first}
 import transformers
-{after}
+{last}
 model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-import torch
 with torch.no_grad():
     print(model.eval()(torch.arange(5, 15)[None])[0].numpy().tobytes().hex())
 """
 
 
-def load_in_new_process(directory: Path, *, before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
-    code = _LOAD.format(before=before, after=after)
-    return subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=False)
-
-
-def test_a_new_process_computes_the_same_bits_whichever_import_comes_first(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_a_new_process_computes_the_same_bits_whichever_import_comes_first(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    dense, directory = checkpoint("bert-classifier", TRUNCATED)
     here = type(dense).from_pretrained(directory).eval()
     with torch.no_grad():
         expected = here(torch.arange(5, 15)[None])[0].numpy().tobytes().hex()
-    first = load_in_new_process(
-        directory, before=f"import torch; torch.set_num_threads({torch.get_num_threads()}); import mpocli"
-    )
-    last = load_in_new_process(
-        directory,
-        before=f"import torch; torch.set_num_threads({torch.get_num_threads()})",
-        after="import transformers.modeling_utils, mpocli",
-    )
+    threads = torch.get_num_threads()
+    code = _LOAD.format(threads=threads, first="import mpocli", last="")
+    first = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=False)
     assert first.stdout.strip() == expected, first.stderr
-    assert last.stdout.strip() == expected, last.stderr
+    last = run_stranger(_LOAD.format(threads=threads, first="", last="import mpocli"), directory, cwd=tmp_path)
+    assert last.out.strip() == expected, last.err
 
 
-def test_loading_without_the_import_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    _, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
-    result = load_in_new_process(directory)
-    assert result.returncode != 0
-    assert "import_mpocli_before_from_pretrained" in result.stderr
-    assert not result.stdout
+def test_loading_without_the_import_is_an_error_that_says_what_to_do(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    _, directory = checkpoint("bert-classifier", TRUNCATED)
+    ended = run_stranger(_LOAD.format(threads=1, first="", last=""), directory, cwd=tmp_path)
+    assert ended.code != 0
+    assert "import_mpocli_before_from_pretrained" in ended.err
+    assert not ended.out
 
 
 def edit_weights(directory: Path, change) -> None:  # type: ignore[no-untyped-def]
@@ -217,29 +233,29 @@ def edit_weights(directory: Path, change) -> None:  # type: ignore[no-untyped-de
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_missing_core_is_an_error_and_never_nan(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_a_missing_core_is_an_error_and_never_nan(spoilt: Spoilt) -> None:
+    cls, directory = spoilt
     name = "bert.encoder.layer.1.output.dense.core_2"
     edit_weights(directory, lambda tensors: tensors.pop(name))
     with pytest.raises(mpocli.InputError, match=name.replace(".", r"\.")):
-        type(dense).from_pretrained(directory)
+        cls.from_pretrained(directory)
 
 
-def test_an_extra_core_is_an_error(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_an_extra_core_is_an_error(spoilt: Spoilt) -> None:
+    cls, directory = spoilt
     name = "bert.encoder.layer.1.output.dense.core_5"
     edit_weights(directory, lambda tensors: tensors.update({name: torch.zeros(1, 2, 2, 1)}))
     with pytest.raises(mpocli.InputError, match="core_5 is in the files"):
-        type(dense).from_pretrained(directory)
+        cls.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
-def test_a_core_of_the_wrong_shape_is_an_error(tmp_path: Path, ignore_mismatched_sizes: bool) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_a_core_of_the_wrong_shape_is_an_error(spoilt: Spoilt, ignore_mismatched_sizes: bool) -> None:
+    cls, directory = spoilt
     name = "bert.encoder.layer.1.output.dense.core_1"
     edit_weights(directory, lambda tensors: tensors.update({name: tensors[name][:, :, :, :-1].contiguous()}))
     with pytest.raises((mpocli.InputError, RuntimeError)):
-        type(dense).from_pretrained(directory, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        cls.from_pretrained(directory, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 
 def test_a_dense_checkpoint_cannot_be_read_as_an_mpo(tmp_path: Path) -> None:
@@ -248,13 +264,13 @@ def test_a_dense_checkpoint_cannot_be_read_as_an_mpo(tmp_path: Path) -> None:
         transformers.BertModel.from_pretrained(tmp_path / "dense", quantization_config=mpocli.MPOConfig())
 
 
-def test_modules_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path, "bert-classifier", TRUNCATED)
+def test_modules_of_a_newer_schema_are_refused(spoilt: Spoilt) -> None:
+    cls, directory = spoilt
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"]["schema_version"] = 99
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(mpocli.InputError, match="schema_version 99"):
-        type(dense).from_pretrained(directory)
+        cls.from_pretrained(directory)
 
 
 def test_awkward_shapes_by_hand_survive_the_round_trip(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from sparse_checkpoints import BRAIN, FEW, NAME, assert_same, edit_json, edit_weights, pruning, stored
+from strangers import run_stranger
 from torch import Tensor
 
 import mpocli
@@ -25,7 +24,6 @@ from mpocli.methods import decompose, merge, sparsify
 _LOAD = """
 import sys
 import torch, transformers
-assert "mpocli" not in sys.modules
 for directory in sys.argv[1:]:
     try:
         model = transformers.AutoModelForMaskedLM.from_pretrained(directory)
@@ -47,12 +45,9 @@ def test_without_the_import_loading_is_an_error_and_merged_checkpoints_load_bit_
     merge.run(str(made.sparse), tmp_path / "merged")
     merge.run(str(tmp_path / "cores"), tmp_path / "merged cores")
     places = [made.sparse, tmp_path / "cores", tmp_path / "merged", tmp_path / "merged cores"]
-    command = [sys.executable, "-c", _LOAD, *map(str, places)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout.split("\n")[:4] == ["error RuntimeError", "error RuntimeError", "loaded", "loaded"], (
-        result.stderr
-    )
-    assert "import_mpocli_before_from_pretrained" in result.stderr
+    ended = run_stranger(_LOAD, *places, cwd=tmp_path)
+    assert ended.out.split("\n")[:4] == ["error RuntimeError", "error RuntimeError", "loaded", "loaded"], ended.err
+    assert "import_mpocli_before_from_pretrained" in ended.err
     loaded = torch.load(tmp_path / "merged" / "loaded.pt")
     assert_same(loaded, made.cls.from_pretrained(made.oracle))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
