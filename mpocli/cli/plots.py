@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpocli.errors import InputError, UsageError
+from mpocli.errors import UsageError
+from mpocli.io.files import OutputFile
 
 if TYPE_CHECKING:
     from mpocli.methods.squeeze import SqueezeReport
@@ -15,19 +16,16 @@ _FORMATS = (".png", ".svg", ".pdf")
 _BLUE, _RED, _GREY = "#2a6f97", "#c1121f", "#8d99ae"
 
 
-def check(path: Path) -> None:
-    """`UsageError` or `InputError`, before any work, for a picture that could not be drawn after it."""
+def check(path: Path, *, overwrite: bool) -> OutputFile:
+    """The picture to be; `UsageError` or `InputError`, before any work, where it could not be drawn after it."""
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--plot {path}: draws {', '.join(_FORMATS)}", hint=f"name it {path.stem or 'plot'}.svg")
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib", hint="pip install matplotlib")
-    if path.is_dir():
-        raise InputError(f"--plot {path}: is a directory", hint="name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"--plot {path}: no directory {path.parent}", hint="make it first")
+    return OutputFile("--plot", path, overwrite=overwrite)
 
 
-def squeeze(path: Path, report: SqueezeReport) -> None:
+def squeeze(picture: OutputFile, report: SqueezeReport) -> None:
     """The task's metric against the parameters of every round, with the start and the round that was kept."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +59,5 @@ def squeeze(path: Path, report: SqueezeReport) -> None:
     axes.set_ylabel(report.metric.replace("_", " "))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise InputError(f"--plot {path}: cannot be written ({error.strerror})", hint="choose another") from error
+    metadata = {"Date": None} if picture.path.suffix.lower() == ".svg" else None
+    picture.write(lambda path: figure.savefig(path, dpi=150, metadata=metadata))

@@ -210,6 +210,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _is_file_name(name: str) -> bool:
+    """No path: an index that somebody else wrote must not lead anywhere else."""
+    return 0 < len(name.encode("utf-8", "replace")) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -219,6 +224,12 @@ def _weight_files(directory: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: its weight_map does not map tensors to files", hint="download it again")
         names = sorted(set(weight_map.values()))
+        for name in names:
+            if not _is_file_name(name):
+                raise InputError(
+                    f"{index}: names the shard {name[:80]!r}, which is no file name in this directory",
+                    hint="download the index again, from where you trust it",
+                )
         missing = [name for name in names if not (directory / name).is_file()]
         if missing or not names:
             raise InputError(

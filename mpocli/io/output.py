@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,11 +9,10 @@ from pathlib import Path
 
 from mpocli.errors import InputError
 from mpocli.io.apart import Paths, check_apart, holds
-from mpocli.io.claim import ASIDE, Claim, claim, claimed, contents, is_in_a_run, remove
+from mpocli.io.claim import claim, claimed, contents, is_in_a_run, remove
 from mpocli.io.disk import is_no_room, reason
 from mpocli.io.model_files import foreign_files
-
-_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+from mpocli.io.place import put_into_place
 
 
 def check_output(
@@ -95,7 +92,7 @@ def output_directory(path: Path) -> Iterator[Path]:
             try:
                 yield work
                 _sync(work)
-                _put_into_place(work, own)
+                put_into_place(work, own)
                 _sync_directory(path.parent)
                 own.seen = contents(path)
             finally:
@@ -114,59 +111,6 @@ def _unwritable(path: Path, error: Exception) -> InputError:
         f"{path}: cannot be written ({reason(error)}); nothing was left behind",
         hint="free some space or choose another --out",
     )
-
-
-def _put_into_place(work: Path, own: Claim) -> None:
-    """Rename `work` to the claimed path; what was seen there is then in the workshop, or gone."""
-    path = own.path
-    if not own.seen or not os.path.lexists(path):
-        _rename_to_nothing(work, path)
-    elif _exchange(work, path):
-        _check_displaced(work, own, lambda: _exchange(work, path))
-    else:
-        aside = own.workshop() / ASIDE
-        try:
-            path.rename(aside)
-            _check_displaced(aside, own, lambda: aside.rename(path))
-            _rename_to_nothing(work, path)
-        finally:  # an interrupt may come anywhere between
-            if aside.exists() and not os.path.lexists(path):
-                aside.rename(path)
-
-
-def _rename_to_nothing(work: Path, path: Path) -> None:
-    """The system itself sees to it, in one step, that nothing or an empty directory is there."""
-    try:
-        work.rename(path)
-    except OSError as error:
-        if error.errno in _IN_THE_WAY:
-            raise _appeared(path) from error
-        raise
-
-
-def _check_displaced(displaced: Path, own: Claim, undo: object) -> None:
-    """Looked at once it is out of everybody's way: between a look and a renaming others could still write there."""
-    if contents(displaced) != own.seen:
-        assert callable(undo)
-        undo()
-        raise _appeared(own.path)
-
-
-def _appeared(path: Path) -> InputError:
-    return InputError(
-        f"{path}: something was written there since this run began, and stays as it is", hint="choose another --out"
-    )
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step, where the system can (Linux): no kill then falls between two renames."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_working_directory, exchange = -100, 2
-    done: int = renameat2(at_working_directory, os.fsencode(a), at_working_directory, os.fsencode(b), exchange)
-    return done == 0
 
 
 def _sync(directory: Path) -> None:

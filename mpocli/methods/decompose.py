@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Manifest, Totals
 from mpocli.io.output import check_output, output_directory
@@ -53,8 +54,11 @@ def run(
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    reads = paths_read(checkpoint.source.directory, config)
+    measured = {"--sensitivity": config.budget.sensitivity if config.budget else None}
+    check_apart(measured, reads)
     if not dry_run:
-        check_output(out, paths_read(checkpoint.source.directory, config), overwrite=overwrite)
+        check_output(out, reads, overwrite=overwrite, writes=measured)
     plans = plan(checkpoint, config)
     warnings: list[str] = []
     compared: tuple[Compared, ...] = ()

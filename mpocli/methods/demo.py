@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpocli.io.apart import check_apart
+from mpocli.io.manifest import MANIFEST
 from mpocli.methods import decompose
 from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.train.demo_models import build_demo_models
@@ -46,6 +49,7 @@ def run(cache: Path, out: Path, *, progress: Callable[[str, int, int], None] | N
     `progress(stage, done, total)` is called along the way. Raises `InputError` where a directory cannot be written.
     """
     started = time.perf_counter()
+    check_apart({"--cache": cache, "--out": out}, {})
     models = build_demo_models(cache, progress=progress)
     texts = [text for text in models.held_out.read_text(encoding="utf-8").split("\n\n") if text.strip()]
     plans = [
@@ -60,11 +64,21 @@ def run(cache: Path, out: Path, *, progress: Callable[[str, int, int], None] | N
             arms.append(_arm(name, "dense", dense, texts))
         suffix = "lossless" if config.trunc is None else f"trunc-{config.trunc}"
         made = out / f"{name}-{suffix}"
-        decompose.run(str(dense), config, made, overwrite=True)
+        decompose.run(str(dense), config, made, overwrite=_is_demos(made, name))
         arms.append(_arm(name, suffix.replace("trunc-", "--trunc "), made, texts))
         if progress:
             progress("decomposing, loading, predicting", done + 1, len(plans))
     return DemoReport(str(out), time.perf_counter() - started, models.cached, (MASKED, PROMPTS), tuple(arms))
+
+
+def _is_demos(made: Path, name: str) -> bool:
+    """Whether an earlier demo wrote this directory: then, and only then, it is replaced unasked."""
+    try:
+        manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
+        commands = [entry["command"] for entry in manifest["history"]]
+        return commands == ["decompose"] and manifest["base_model"]["name"] == name
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _arm(name: str, made_by: str, directory: Path, texts: list[str]) -> Arm:

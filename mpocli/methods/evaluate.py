@@ -15,8 +15,11 @@ import torch
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.sparse_paths import PathChoice, PathReport, choose_paths
+from mpocli.io.apart import check_apart
+from mpocli.io.files import OutputFile
 from mpocli.io.manifest import Totals
 from mpocli.methods.device import device_of
+from mpocli.methods.inputs import paths_read
 from mpocli.methods.memory import peak_memory, reset_peak_memory
 from mpocli.methods.task_data import (
     DataOptions,
@@ -79,6 +82,7 @@ def run(
     *,
     baseline: str | None = None,
     predictions: Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
     path: PathChoice = "auto",
     revision: str | None = None,
@@ -87,7 +91,8 @@ def run(
 ) -> EvalReport:
     """Evaluate a checkpoint; without `data` only sizes are told.
 
-    `predictions` is written as JSON lines, one a sample: text, prediction, label. `path` chooses the kernels of layers
+    `predictions` is written as JSON lines, one a sample: text, prediction, label; a file that exists only with
+    `overwrite`. `path` chooses the kernels of layers
     that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. Raises `InputError` for data or
     models that cannot be used, or that do not go together, and `NumericsError` for predictions that are not finite.
     """
@@ -98,8 +103,13 @@ def run(
     if data is None:
         arm = Arm(str(baseline), {}, other.totals(), None) if other else None
         return EvalReport(model, None, {}, 0, checkpoint.totals(), None, arm, seconds=time.perf_counter() - started)
+    written = None
     if predictions is not None:
-        _check_writable(predictions, data.task)
+        if data.task == "lm":
+            raise UsageError("--predictions: a language model makes none on --task lm", hint="leave it out")
+        reads = paths_read(checkpoint.source.directory, data)
+        check_apart({"--predictions": predictions}, {**reads, "--baseline": other.source.directory if other else None})
+        written = OutputFile("--predictions", predictions, overwrite=overwrite)
     prepared = prepare(checkpoint, data)
     own = _Measured(checkpoint, prepared, data, place, path, trust_remote_code)
     beside: _Measured | None = None
@@ -110,8 +120,8 @@ def run(
         beside.measure(progress, "baseline")
     own.measure(progress, "eval")
     agreement = _agreement(own, beside, progress) if beside else {}
-    if predictions is not None:
-        _write_predictions(predictions, prepared, own.runs)
+    if written is not None:
+        _write_predictions(written, prepared, own.runs)
     return EvalReport(
         model=model,
         task=prepared.task.name,
@@ -262,15 +272,7 @@ def _token_agreement(own: _Measured, other: _Measured, progress: Progress | None
     return {name: value / total for name, value in told.items()}
 
 
-def _check_writable(path: Path, task: str) -> None:
-    """Before the work, what would be found out after it."""
-    if task == "lm":
-        raise UsageError("--predictions: a language model makes none on --task lm", hint="leave it out")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: no file can be written there", hint="choose another --predictions")
-
-
-def _write_predictions(path: Path, data: TaskData, runs: Sequence[Run]) -> None:
+def _write_predictions(file: OutputFile, data: TaskData, runs: Sequence[Run]) -> None:
     lines = []
     for found, run in zip(data.eval, runs, strict=True):
         if found.examples is None:
@@ -286,15 +288,7 @@ def _write_predictions(path: Path, data: TaskData, runs: Sequence[Run]) -> None:
                 assert run.scores is not None
                 row["logits"] = [round(value, 6) for value in run.scores[index].tolist()]
             lines.append(json.dumps(row, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror})", hint="choose another --predictions"
-        ) from error
+    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def check_gates(

@@ -14,6 +14,7 @@ from typing import Any
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.claim import discard, writes_output
+from mpocli.io.files import OutputFile
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
@@ -337,8 +338,10 @@ def run_seeds(
     places = {seed: out / f"seed-{seed}" for seed in seeds}
     finished = {seed: place.with_name(f"{place.name}.report.json") for seed, place in places.items()}
     if not resume:
-        for place in places.values():  # before hours of training, not after
+        for seed, place in places.items():  # before hours of training, not after
             check_output(place, None, overwrite=overwrite)
+            if finished[seed].exists() and not overwrite:
+                raise InputError(f"{finished[seed]}: exists", hint="--resume goes on, --overwrite begins anew")
     elif not any(finished[seed].is_file() or training_directory(places[seed]).is_dir() for seed in seeds):
         raise InputError(f"{out}: no interrupted runs to resume", hint="run without --resume")
     reports = []
@@ -350,7 +353,8 @@ def run_seeds(
         begun = training_directory(place).exists()
         reports.append(run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress))
         if reports[-1].is_writer:
-            finished[seed].write_text(json.dumps(asdict(reports[-1])))
+            record = OutputFile("--seeds", finished[seed], overwrite=True)
+            record.write_text(json.dumps(asdict(reports[-1])))
     if reports[-1].is_writer:
         for path in finished.values():
             path.unlink(missing_ok=True)

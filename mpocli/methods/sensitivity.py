@@ -12,6 +12,7 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.hf.calibration import Batch, evaluating
 from mpocli.hf.targets import Weight
+from mpocli.io.files import OutputFile
 from mpocli.methods.divergence import Outputs, divergence, is_layer, outputs, replaced
 from mpocli.methods.solution import Workshop
 
@@ -63,12 +64,7 @@ def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: Sequence
 
 def _write(path: Path, data: dict[str, Any]) -> None:
     """The whole file or none of it."""
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"--sensitivity {path}: cannot be written ({error.strerror})") from error
+    OutputFile("--sensitivity", path, overwrite=True).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _read(path: Path, identity: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpocli.errors import InputError
-from mpocli.io import claim, lock, output
+from mpocli.io import claim, lock, place
 from mpocli.io.claim import writes_output
 from mpocli.io.output import check_output, output_directory
 
@@ -154,7 +154,7 @@ def test_what_was_written_at_the_output_since_it_was_claimed_stays(
     before: str, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(output, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(place, "_exchange", lambda a, b: False)
     out = tmp_path / "out"
     if before != "absent":
         out.mkdir()
@@ -283,7 +283,7 @@ def test_whatever_interrupts_a_renaming_leaves_old_or_new_and_no_remains(
             rename(self, target)
         raise error
 
-    monkeypatch.setattr(output, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(place, "_exchange", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises((InputError, KeyboardInterrupt, SystemExit)), output_directory(out) as work:
         (work / "new").write_text("new")

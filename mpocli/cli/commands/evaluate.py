@@ -63,6 +63,9 @@ def command(
         str | None,
         typer.Option("--lm-eval", metavar="TASKS", help="Hand over to EleutherAI's harness, where installed."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --predictions if it exists.")
+    ] = False,
     json: options.Json = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -86,6 +89,8 @@ def command(
     if lm_eval is not None:
         _harness(model, lm_eval, device, revision, trust_remote_code)
         return
+    if overwrite and predictions is None:
+        raise UsageError("--overwrite: only --predictions writes a file", hint="leave it out")
     if task is None and (evaluate or predictions or gates[0] or gates[1]):
         raise UsageError("--task is missing", hint="say what the data are for, as --task sst2")
     if task is not None and not evaluate:
@@ -116,6 +121,7 @@ def command(
             data,
             baseline=baseline,
             predictions=predictions,
+            overwrite=overwrite,
             device=device,
             path=cast("PathChoice", path),
             revision=revision,

@@ -161,7 +161,7 @@ def command(
     if plot is not None:
         from mpocli.cli import plots
 
-        plots.check(plot)
+        picture = plots.check(plot, overwrite=overwrite)
     data = task_.data_options(
         task,
         train=train,
@@ -225,9 +225,14 @@ def command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    from mpocli.io.apart import check_apart
+    from mpocli.methods.inputs import paths_read
     from mpocli.methods.run_directory import training_directory
 
     destination = out or options.default_out(model, "squeezed")
+    if plot is not None:
+        beside = {"--out": destination, "the training directory": training_directory(destination)}
+        check_apart({**beside, "--plot": plot}, paths_read(Path(model), config))
     try:
         with quiet.transformers(), live_rounds(enabled=not json) as watch:
             report = squeeze.run(model, config, destination, overwrite=overwrite, resume=resume, watch=watch)
@@ -243,7 +248,7 @@ def command(
     else:
         _show(report)
     if plot is not None:
-        plots.squeeze(plot, report)
+        plots.squeeze(picture, report)
         render.err.print(f"drawn in {plot}")
     if report.target_met is False:
         raise TargetNotMetError(
