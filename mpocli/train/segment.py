@@ -25,8 +25,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from mpocli.errors import InputError, NumericsError, UsageError
 from mpocli.io.disk import is_no_room
 from mpocli.train.distill import Distillation
-from mpocli.train.encode import IGNORE
 from mpocli.train.moments import Moments, put_moments
+from mpocli.train.predictions import predictions, shifted, shifts_labels
 from mpocli.train.updates import parameter_groups
 
 METRICS = "metrics.jsonl"
@@ -117,6 +117,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         self.rates = rates
         self.raw = raw
         self.next_token = next_token
+        self.shift_before = next_token and not shifts_labels(model)
         self.moments = moments
         self.optimisation = optimisation
         self.schedule = schedule
@@ -135,7 +136,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         if place is not None:
             self.sampler = Stretch(self.sampler, together, place.first_step, steps)
         self.add_callback(_Epochs(self.sampler, collator, first=place.number if place else 0))
-        self.model_accepts_loss_kwargs = True  # so that a step's items are counted, for `compute_loss`
+        self.model_accepts_loss_kwargs = True  # a loss is of a step's items: not to be divided by its batches again
         self.remove_callback(PrinterCallback)  # which prints to stdout
         if optimisation.gradient_checkpointing and model.supports_gradient_checkpointing:
             # The name changed on the way to transformers 6.
@@ -159,6 +160,18 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """A step's batches, and how many predictions they ask for in all processes together.
+
+        Counted by the rule that weights each batch's loss, not by transformers', which knows by the name of a class
+        whether its loss shifts labels (and does not know GPT-2's).
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [predictions(batch["labels"], next_token=self.next_token) for batch in batches]
+        if not counts:
+            return batches, None
+        return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -168,14 +181,15 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         batch is weighted by its share of the step's items. Data-parallel gradients are averaged: hence the factor.
         """
         asked = {"output_hidden_states": True} if self.distillation and self.distillation.hidden else {}
-        outputs = model(**inputs, **asked)
+        outputs = model(**(shifted(inputs) if self.shift_before else inputs), **asked)
         loss = outputs["loss"]
         if self.distillation is not None:
             loss = self.distillation.loss(loss, outputs, inputs)
         if num_items_in_batch is not None:
-            labels = inputs["labels"]
-            counted = labels[..., 1:] if self.next_token else labels
-            loss = loss * (counted != IGNORE).sum() * self.args.world_size / num_items_in_batch
+            count = predictions(inputs["labels"], next_token=self.next_token)
+            if count == 0:  # a window of one token: the mean over nothing is NaN
+                loss = 0.0 * torch.nan_to_num(outputs["logits"]).sum()
+            loss = loss * count * self.args.world_size / num_items_in_batch.clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
