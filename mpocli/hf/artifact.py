@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +14,11 @@ from mpocli import __version__
 from mpocli.hf.card import license_of, model_card
 from mpocli.hf.hub import Source, resolve
 from mpocli.hf.skeleton import load_config
-from mpocli.hf.targets import Survey, survey
+from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
+from mpocli.hf.targets import Survey, Weight, survey
 from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256, read_json
 from mpocli.io.encoding import Encoding
-from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
+from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, Totals, read_manifest
 from mpocli.mpo.linalg import dtype_name
 
 if TYPE_CHECKING:
@@ -206,26 +205,28 @@ def write_trained(
     more: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Totals:
-    """A trained model as a checkpoint in `work`, in its source's dtype, and what it now amounts to.
+    """A trained model as a checkpoint in `work`, every tensor in the dtype that its source has for it, and what it now
+    amounts to.
 
     Its cores have moved: errors and canonical claims of the source do not hold for them.
     """
-    stored = source.stored_dtype
-    with _parameters_in(model, stored):
+    with in_stored_dtypes(model, stored_dtypes(model, source)):
         model.save_pretrained(work, max_shard_size=max_shard_bytes)
     _readable(work)
     saved = Checkpoint.open(str(work), trust_remote_code=source.trust_remote_code)
-    roles = {member.name: weight.role for weight in saved.survey.weights for member in weight.members}
+    weights = {member.name: weight for weight in saved.survey.weights for member in weight.members}
     modules = saved.manifest.modules if saved.manifest else ()
     manifest = Manifest(
         base_model=source.base_model(),
-        modules=tuple(replace(entry, role=roles.get(entry.name), dtype=dtype_name(stored)) for entry in modules),
+        modules=tuple(_described(entry, weights.get(entry.name), source.stored_dtype) for entry in modules),
         encodings=saved.encodings,
         routing=saved.routing,
         totals=saved.totals(),
         history=source.history(command, options, seed, metrics, more),
     )
-    write_surroundings(work, source, manifest, config_json=saved.config_json)
+    # transformers writes that of the first tensor.
+    dtype = source.config_json.get("dtype", source.config_json.get("torch_dtype"))
+    write_surroundings(work, source, manifest, dtype=dtype, config_json=saved.config_json)
     return saved.totals()
 
 
@@ -237,17 +238,11 @@ def _readable(work: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-@contextmanager
-def _parameters_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters alone: buffers that are not stored (rotary frequencies) must not be rounded."""
-    before = {name: parameter.data for name, parameter in model.named_parameters()}
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = before[name]
+def _described(entry: ModuleEntry, weight: Weight | None, otherwise: torch.dtype) -> ModuleEntry:
+    """A module's entry with the role and dtype of its weight."""
+    if weight is None:
+        return replace(entry, role=None, dtype=dtype_name(otherwise))
+    return replace(entry, role=weight.role, dtype=dtype_name(weight.dtype))
 
 
 def _copy_folder(source: Path, target: Path) -> None:

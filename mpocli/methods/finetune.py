@@ -13,6 +13,7 @@ from typing import Any
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard, writes_output
 from mpocli.io.files import OutputFile
 from mpocli.io.manifest import Totals
@@ -20,7 +21,7 @@ from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
 from mpocli.methods.overparam import Overparam, OverparamReport
 from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
-from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of, round_to
+from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of
 from mpocli.methods.student_experts import RoutingChanges, apply_routing, gradient_mask, router_report
 from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
 from mpocli.methods.teacher import distillation_of
@@ -230,8 +231,8 @@ def run(
     )
     if report.is_writer:
         check_finite(student)
-        # Measured is what is stored: rounded, where that is half precision.
-        round_to(student, checkpoint.stored_dtype)
+        # Measured is what is stored: rounded, where a tensor's dtype is half precision.
+        round_to(student, stored_dtypes(student, checkpoint))
         if tells and data.eval:
             tells(steps, steps, "evaluating")
         after = evaluate(student, data, config.data)

@@ -15,6 +15,7 @@ from mpocli.hf.artifact import write_trained
 from mpocli.hf.replace import dense_shape, local_name
 from mpocli.hf.roles import role_of
 from mpocli.hf.sparse import set_encodings, sparse_encodings
+from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import Totals
@@ -23,7 +24,7 @@ from mpocli.methods.run_directory import Begun, reports_beside, run_directory
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.methods.sparsify_write import SparseTensor, described
-from mpocli.methods.student import check_finite, learning_schedule, load_student, round_to
+from mpocli.methods.student import check_finite, learning_schedule, load_student
 from mpocli.methods.task_data import evaluate, prepare
 from mpocli.methods.teacher import distillation_of
 from mpocli.nn import MPOModule
@@ -112,12 +113,12 @@ def run(
     state.wait_for_everyone()
     check_finite(student)
     fold_masks(student, places)
-    # Measured is what is stored: rounded, where that is half precision.
-    round_to(student, checkpoint.stored_dtype)
-    itemsize = checkpoint.stored_dtype.itemsize  # of the files: the model in training is float32
+    # Measured is what is stored: rounded, where a tensor's dtype is half precision. The model in training is float32.
+    dtypes = stored_dtypes(student, checkpoint)
+    round_to(student, dtypes)
     trained = Trained(
         tensors=tuple(
-            described(target, student.get_parameter(place.name).detach(), config.storage, itemsize)
+            described(target, student.get_parameter(place.name).detach(), config.storage, dtypes[place.name].itemsize)
             for target, place in _pairs(targets, places)
         ),
         totals=checkpoint.totals(),

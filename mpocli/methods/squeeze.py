@@ -11,6 +11,7 @@ import torch
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard, writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
@@ -19,7 +20,7 @@ from mpocli.methods.segment_state import last_state
 from mpocli.methods.squeeze_config import SqueezeConfig, check_options, target_params
 from mpocli.methods.squeeze_rounds import Squeezer, Watch
 from mpocli.methods.squeeze_state import RECORDS, RoundRecord, load_round, write_records
-from mpocli.methods.student import check_finite, count_trainable, load_student, round_to
+from mpocli.methods.student import check_finite, count_trainable, load_student
 from mpocli.methods.task_data import TaskData, check_trained_head, evaluate, prepare
 from mpocli.train.processes import set_seed
 from mpocli.train.updates import set_recompute, set_update
@@ -96,7 +97,8 @@ def run(
     set_seed(config.optimisation.seed)
     student = _student(checkpoint, data, config, device)
     before = _totals(student, checkpoint)
-    target = target_params(config, before, checkpoint.stored_dtype.itemsize)
+    itemsize = min(weight.dtype.itemsize for weight in checkpoint.survey.weights if weight.entry is not None)
+    target = target_params(config, before, itemsize)
     squeezer = Squeezer(student, config, checkpoint, data, training, target, before, device, watch)
     state.wait_for_everyone()
     with (
@@ -146,7 +148,7 @@ def run(
     )
     if report.is_writer:
         check_finite(student)
-        round_to(student, checkpoint.stored_dtype)  # as it was measured
+        round_to(student, stored_dtypes(student, checkpoint))  # as it was measured
         recorded = {**config.recorded(), "kept_round": progressed.kept}
         with output_directory(out) as work:
             if config.data.tokenizer:

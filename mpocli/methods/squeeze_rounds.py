@@ -17,11 +17,12 @@ from torch import Tensor
 from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.shrink import mpo_modules, set_mpo
+from mpocli.hf.stored import rounded, stored_dtypes
 from mpocli.io.manifest import Totals
 from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze_config import SqueezeConfig
 from mpocli.methods.squeeze_state import Cut, Progressed, RoundRecord, save_round
-from mpocli.methods.student import roles_of, rounded
+from mpocli.methods.student import roles_of
 from mpocli.methods.task_data import TaskData, evaluate
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
@@ -63,7 +64,7 @@ class Squeezer:
         self.model, self.config, self.data, self.directory = model, config, data, directory
         self.target, self.before, self.device, self.watch = target, before, device, watch
         self.roles = roles_of(model, checkpoint)
-        self.stored_dtype = checkpoint.stored_dtype
+        self.dtypes = stored_dtypes(model, checkpoint)
         self.modules = _chosen(mpo_modules(model), self.roles, config)
         self.tied = groups(self.modules, self.roles, config.tie)
         self.start = {name: module.sites.num_params(module.bond_dims) for name, module in self.modules.items()}
@@ -101,7 +102,7 @@ class Squeezer:
                 if not state.kept:
                     raise
                 return state, "not-finite"
-        with rounded(self.model, self.stored_dtype):  # measured is what would be stored
+        with rounded(self.model, self.dtypes):  # measured is what would be stored
             metrics = on_first(lambda: evaluate(self.model, self.data, config.data))
         params = self.params()
         drop = self.reference(state) - metrics[self.data.task.main_metric]

@@ -1,10 +1,9 @@
-"""The model that a command trains: loaded for its task, counted, checked, and rounded to what is stored."""
+"""The model that a command trains: loaded for its task, counted, and checked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -86,28 +85,6 @@ def learning_schedule(config: Trains, samples: int, processes: int) -> tuple[Sch
     per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
-
-
-@contextmanager
-def rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """The model as it would be stored in a narrower dtype, and afterwards as it was."""
-    if dtype == torch.float32:
-        yield
-        return
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    round_to(model, dtype)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(kept[name])
-
-
-@torch.no_grad()
-def round_to(model: Any, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
 
 
 def check_finite(model: Any) -> None:

@@ -1,0 +1,87 @@
+"""In which dtype each tensor of a model in training is stored: the one that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpocli.hf.skeleton import file_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mpocli.hf.artifact import Checkpoint
+
+Dtypes = Mapping[str, torch.dtype]
+
+
+def stored_dtypes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """Of every floating-point tensor in the state dict of a model that was loaded from a checkpoint, by name.
+
+    Files may hold several (bfloat16 with float32 norms). A new core has that of the matrix that it stands for, a new
+    head the dtype of most elements.
+    """
+    reader = checkpoint.reader
+    keys = file_keys(model, reader)
+    state = model.state_dict(keep_vars=True)
+    found: dict[str, torch.dtype] = {}
+    by_tensor: dict[int, torch.dtype] = {}
+    for name, tensor in state.items():
+        key = keys.stored.get(name) or next(iter(keys.converted.get(name, ())), None)
+        if key is not None and reader.specs[key].dtype.is_floating_point:
+            found[name] = by_tensor[id(tensor)] = reader.specs[key].dtype
+    for name, tensor in state.items():
+        if name not in found and tensor.is_floating_point():
+            weight = f"{name.rpartition('.')[0]}.weight"
+            # What is tied is stored under another name.
+            found[name] = by_tensor.get(id(tensor)) or found.get(weight) or checkpoint.stored_dtype
+    return found
+
+
+@torch.no_grad()
+def round_to(model: PreTrainedModel, dtypes: Dtypes) -> None:
+    """Let every tensor have the values that it would be stored with."""
+    for tensor, dtype in _tensors(model, dtypes):
+        tensor.copy_(tensor.to(dtype))
+
+
+@contextmanager
+def rounded(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[None]:
+    """The model as it would be stored, and afterwards as it was."""
+    kept = [(tensor, tensor.detach().clone()) for tensor, dtype in _tensors(model, dtypes) if dtype != tensor.dtype]
+    round_to(model, dtypes)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+
+
+@contextmanager
+def in_stored_dtypes(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[None]:
+    """The model with its tensors in the dtypes of the files, for `save_pretrained`.
+
+    Only what is in the state dict: buffers that are not stored (rotary frequencies) must not be rounded.
+    """
+    before: list[tuple[Any, Tensor]] = [(tensor, tensor.data) for tensor, _ in _tensors(model, dtypes)]
+    try:
+        for tensor, dtype in _tensors(model, dtypes):
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _tensors(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """Each once, with the dtype that it is stored in."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in dtypes and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor, dtypes[name]
