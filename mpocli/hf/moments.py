@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.calibration import Batch, Padding, evaluating, run
 from mpocli.hf.padding import decoder_mask
+from mpocli.nn.logits import drawn, slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Sums held at one time, in elements; more modules take more passes over the data.
 MOST_ELEMENTS = 2**29
+# Activations kept for the gradients at one time, in elements, or those of one sample where that is more.
+MOST_ACTIVATIONS = 2**28
 # A layer with more outputs (a vocabulary) is weighted by one number instead of a matrix.
 WIDEST_OUTPUT = 16_384
 
@@ -114,6 +117,7 @@ def collect(
         raise InputError("there are no calibration batches", hint="name a file with text")
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder)
+    batches = list(_portions(model, batches, probe is not None))
     leaders = _leaders(model, names, batches[0])
     chunks = list(_chunks(model, [name for name in names if leaders[name] == name], probe is not None))
     followers: dict[str, list[str]] = {}
@@ -174,6 +178,18 @@ def _keep(store: Store, sums: Mapping[str, _Sums], leaders: Mapping[str, str], p
                     f"module {name}: its gradients are not finite", hint="run the model in float32, or --weights input"
                 )
             store.put_output(name, found.output, found.trace)
+
+
+def _portions(model: PreTrainedModel, batches: Sequence[Batch], probed: bool) -> Iterator[Batch]:
+    """The batches, cut where what a model keeps of them for its gradients would be more than the limit."""
+    # Of a token about one and a half times what linear layers take and give, a head's logits among it.
+    weights = [getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding)]
+    each = 1 + 3 * sum(sum(weight.shape) for weight in weights if weight is not None and weight.dim() == 2) // 2
+    for batch in batches:
+        length = max(value.shape[1] if value.dim() > 1 else 1 for value in batch.values())
+        rows = max(1, MOST_ACTIVATIONS // (length * each)) if probed else _samples(batch)
+        for first in range(0, _samples(batch), rows):
+            yield {key: value[first : first + rows] for key, value in batch.items()}
 
 
 def _chunks(model: PreTrainedModel, names: Sequence[str], probed: bool) -> Iterator[list[str]]:
@@ -258,20 +274,22 @@ def _pass(
         # Gradients of activations need parameters ahead of them that have some: tables. All others are frozen.
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         tables = [*tables, model.get_input_embeddings()] if probe is not None else []
-        first = {parameter for table in tables for parameter in table.parameters()}
-        for parameter in first:
+        learnt = {parameter for table in tables for parameter in table.parameters()}
+        for parameter in learnt:
             parameter.requires_grad_(True)
+        samples = 0
         for number, batch in enumerate(batches):
             padding.start(batch)
             output = run(model, batch)
             if probe is not None:
-                probe.loss(output, batch).backward()
-                for parameter in first:
+                probe.backward(output, batch, samples)
+                for parameter in learnt:
                     parameter.grad = None
+            samples += _samples(batch)
             step(number + 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probe:
     """A loss whose gradients say which outputs of a layer matter, with no labels needed.
 
@@ -279,37 +297,60 @@ class Probe:
     moments of gradients are the Fisher information, and a change D of a weight costs about ½ tr(H D G Dᵀ) of it in
     Kullback-Leibler divergence (K-FAC: Martens and Grosse 2015, §3). For a model without a head, or with a single
     output: inner products with standard normal vectors, whose gradients' second moments are the Gauss-Newton matrix
-    of ½ the squared change of the output. Sums over tokens; padding does not count.
+    of ½ the squared change of the output. Sums over tokens; padding does not count. Each sample draws from a seed of
+    its own, so that the batches which samples come in change nothing.
     """
 
     seed: int = 0
-    _generator: torch.Generator | None = None
 
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.seed)
+    def backward(self, outputs: Any, batch: Batch, first: int) -> None:
+        """Run the gradients of the loss back from a model's outputs on the samples `first` and following.
+
+        Raises `NumericsError` for logits that are not finite.
+        """
         logits = outputs.get("logits")
         if logits is not None and logits.shape[-1] > 1:
-            return self._sampled(logits, token_mask(batch, logits))
-        found = [outputs[key] for key in ("logits", "last_hidden_state", "pooler_output") if key in outputs]
+            gradient: Callable[[Tensor, Batch, Sequence[torch.Generator]], Tensor] = self._sampled
+            found = [logits]
+        else:
+            gradient = self._projected
+            found = [outputs[key] for key in ("logits", "last_hidden_state", "pooler_output") if key in outputs]
         if not found:
             found = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
         if not found:
             raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
-        return torch.stack([self._projected(tensor, token_mask(batch, tensor)) for tensor in found]).sum()
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + first + k) for k in range(_samples(batch))]
+        torch.autograd.backward(found, [gradient(tensor, batch, generators) for tensor in found])
 
-    def _sampled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        if mask is not None:
-            flat = flat[mask.reshape(-1)]
-        # The draw is made on the CPU, the same on every device.
-        labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(1)
-        return torch.nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")
+    @torch.no_grad()
+    def _sampled(self, logits: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
+        """softmax(z) − e_label: of a few tokens at a time, since a vocabulary's logits fill the memory."""
+        made, mask = torch.zeros_like(logits), token_mask(batch, logits)
+        for k, generator in enumerate(generators):
+            rows, kept = logits[k].reshape(-1, logits.shape[-1]), made[k].view(-1, logits.shape[-1])
+            places = torch.arange(len(rows), device=logits.device)
+            places = places if mask is None else places[mask[k].reshape(-1)]
+            for part in slices(len(places), logits.shape[-1]):
+                gradient, labels = drawn(rows[places[part]], generator)
+                if not bool(torch.isfinite(gradient).all()):
+                    raise NumericsError("the model's logits are not finite", hint="run the model in float32")
+                gradient[torch.arange(len(labels)), labels] -= 1.0
+                kept[places[part]] = gradient.to(kept)
+        return made
 
-    def _projected(self, tensor: Tensor, mask: Tensor | None) -> Tensor:
-        normal = torch.randn(tensor.shape, generator=self._generator).to(tensor)
-        product = tensor * normal
-        return (product if mask is None else product[mask]).sum()
+    @torch.no_grad()
+    def _projected(self, tensor: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
+        if not tensor.dim() or len(tensor) != len(generators):  # not one for each sample
+            return torch.randn(tensor.shape, generator=generators[0]).to(tensor)
+        made, mask = torch.zeros_like(tensor), token_mask(batch, tensor)
+        for k, generator in enumerate(generators):
+            places = ... if mask is None else mask[k]
+            made[k][places] = torch.randn(made[k][places].shape, generator=generator).to(tensor)
+        return made
+
+
+def _samples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def token_mask(batch: Batch, tensor: Tensor) -> Tensor | None:

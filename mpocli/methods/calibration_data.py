@@ -14,12 +14,14 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch
 from mpocli.methods.task_data import DataOptions, positions, prepare
+from mpocli.nn.logits import rows_at_once
 from mpocli.train.data import read_text
 from mpocli.train.encode import collate, lm_windows, pad_id
-from mpocli.train.models import family_of, load_tokenizer
+from mpocli.train.models import family_of, load_tokenizer, vocabulary_of
 from mpocli.train.tasks import task_named
 
 Batches = list[dict[str, Tensor]]
+# Samples of a batch, fewer where the logits of so many would fill the memory.
 _BATCH = 8
 
 
@@ -47,8 +49,9 @@ def calibration_batches(
     """
     if data is not None and data.task != "lm":
         found = prepare(checkpoint, replace(data, train=chosen.source, eval=(), test=None), needs_train=True)
-        batches = found.sample(_BATCH, -(-chosen.samples // _BATCH), seed, torch.device("cpu"))
-        room = chosen.samples - _BATCH * (len(batches) - 1)
+        rows = _rows(checkpoint, data.max_length)
+        batches = found.sample(rows, -(-chosen.samples // rows), seed, torch.device("cpu"))
+        room = chosen.samples - rows * (len(batches) - 1)
         batches = [*batches[:-1], {key: value[:room] for key, value in batches[-1].items()}]
     else:
         batches = _text_batches(checkpoint, chosen, data, seed)
@@ -125,5 +128,11 @@ def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions
     if is_seq2seq:  # one half is read, the other written
         halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
         features = [{"input_ids": a, "attention_mask": [1] * len(a), "labels": b} for a, b in halves]
-    batches = [features[first : first + _BATCH] for first in range(0, len(features), _BATCH)]
+    size = _rows(checkpoint, chosen.seq_len)
+    batches = [features[first : first + size] for first in range(0, len(features), size)]
     return [collate(batch, pad_id(tokenizer)) for batch in batches]
+
+
+def _rows(checkpoint: Checkpoint, length: int) -> int:
+    """Samples of this many tokens that make a batch."""
+    return rows_at_once(_BATCH, length, vocabulary_of(checkpoint.config))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from mpocli.hf.calibration import Batch, evaluating
 from mpocli.hf.targets import Weight
-from mpocli.methods.divergence import divergence, is_layer, outputs, perplexity, replaced
+from mpocli.methods.divergence import Kept, divergence, is_layer, perplexity, replaced
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo.candidates import papers
 from mpocli.mpo.fitting import Fitted, Subject
@@ -73,8 +75,8 @@ def compare(
         return solution.mpo(weight.shape).to(dtype=torch.float32).to_matrix(), solution.params
 
     arms = {"plain MPO": plain_mpo, "plain SVD": plain_svd, "whitened SVD": whitened_svd, "the plan": plan}
-    with evaluating(model):
-        dense = [outputs(model, batch) for batch in batches]
+    with evaluating(model), TemporaryDirectory(dir=shop.folder.parent) as folder:
+        dense = Kept(model, batches, Path(folder))
         _, losses = divergence(model, dense, causal=causal)
         results = [Compared("dense", whole, 0.0, perplexity(losses))]
         for number, (name, form) in enumerate(arms.items()):

@@ -30,8 +30,8 @@ from mpocli.methods.task_data import (
     score_set,
 )
 from mpocli.nn.logits import kl
-from mpocli.train.models import load_model
-from mpocli.train.predict import Run, vocabulary_of, window_logits
+from mpocli.train.models import load_model, vocabulary_of
+from mpocli.train.predict import Run, window_logits
 
 Progress = Callable[[int, int, str], None]
 
@@ -239,7 +239,7 @@ def _token_agreement(own: _Measured, other: _Measured, progress: Progress | None
     equal = total = 0
     divergence = 0.0
     ours, theirs = own.load(), other.load()
-    sizes = {vocabulary_of(model) for model in (ours, theirs)}
+    sizes = {vocabulary_of(model.config) for model in (ours, theirs)}
     for found, counterpart in zip(own.data.eval, other.data.eval, strict=True):
         windows, others = found.windows, counterpart.windows
         if windows is None or others is None or windows.ids != others.ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from mpocli.errors import InputError
 from mpocli.hf.calibration import Batch, evaluating
 from mpocli.hf.targets import Weight
 from mpocli.io.files import OutputFile
-from mpocli.methods.divergence import Outputs, divergence, is_layer, outputs, replaced
+from mpocli.methods.divergence import Kept, divergence, is_layer, replaced
 from mpocli.methods.solution import Workshop
 
 # The size, as a part of a matrix, at which its SVD is measured.
@@ -38,8 +39,8 @@ def sensitivities(
     """
     known = _read(path, identity)
     missing = [weight for weight in weights if is_layer(weight) and weight.name not in known]
-    with evaluating(model):
-        dense = [outputs(model, batch) for batch in batches] if missing else []
+    with evaluating(model), TemporaryDirectory(dir=shop.folder.parent) as folder:
+        dense = Kept(model, batches if missing else (), Path(folder))
         for number, weight in enumerate(missing):
             if progress:
                 progress(number, len(missing), f"truncating {weight.name} alone")
@@ -56,7 +57,7 @@ def sensitivities(
     return known
 
 
-def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: Sequence[Outputs]) -> float:
+def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: Kept) -> float:
     """Of a model in which this one matrix is replaced."""
     with replaced(model, {weight.name: weight}, lambda _: matrix):
         return divergence(model, dense)[0]

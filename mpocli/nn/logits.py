@@ -42,3 +42,15 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     """
     log_p, log_q = F.log_softmax(p, -1), F.log_softmax(q, -1)
     return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of logits (N, V): softmax (N, V) in float32, and a label (N,) drawn from each row of it.
+
+    The draw is one number a row and made on the CPU: the same on every device, and however rows are cut into parts.
+    """
+    chances = logits.float().softmax(-1)
+    below = chances.cpu().double().cumsum(-1)
+    numbers = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    labels = torch.searchsorted(below, numbers * below[:, -1:], right=True)  # never one of no chance
+    return chances, labels.squeeze(1).clamp_max(logits.shape[-1] - 1)

@@ -102,6 +102,11 @@ def _check_head(config: PretrainedConfig, task: Task, count: int) -> None:
         )
 
 
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """How many tokens a model tells apart; 1 where its configuration says nothing of a vocabulary."""
+    return int(getattr(config.get_text_config(), "vocab_size", None) or 1)
+
+
 def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer, or the one of another model; `InputError` where there is none."""
     from transformers import AutoTokenizer

@@ -16,7 +16,7 @@ from mpocli.errors import InputError, NumericsError
 from mpocli.nn.logits import rows_at_once, slices
 from mpocli.train.encode import IGNORE, Windows, collate, pad_id
 from mpocli.train.metrics import compute, language_modelling, perplexity
-from mpocli.train.models import Family
+from mpocli.train.models import Family, vocabulary_of
 from mpocli.train.tasks import Task
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def window_logits(
     """
     pad = pad_id(tokenizer)
     longest = max(len(ids) for ids in windows.ids)
-    vocabulary = vocabulary or vocabulary_of(model)
+    vocabulary = vocabulary or vocabulary_of(model.config)
     batch_size = rows_at_once(batch_size, longest, vocabulary)
     with _evaluating(model):
         for start in range(0, len(windows.ids), batch_size):
@@ -193,11 +193,6 @@ def window_logits(
                 yield logits[row, place].float(), targets[row, place].to(logits.device)
             if progress:
                 progress(len(run.sizes), -(-len(windows.ids) // batch_size))
-
-
-def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens a language model tells apart."""
-    return int(model.config.get_text_config().vocab_size)
 
 
 def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int], *, always: bool = False) -> Tensor:

@@ -18,8 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from cli import tasks
 from cli.shell import Cli, refused, succeeded, tree
 from mpocli.cli.budget_options import named_task
+from mpocli.hf import moments
 from mpocli.hf.moments import Probe, collect
+from mpocli.methods.divergence import Kept, divergence
 from mpocli.mpo.gram import regularised
+from mpocli.nn import logits
 
 Plan = Callable[..., dict[str, Any]]
 BLOCKS = ["--layers", "attention,ffn"]
@@ -245,6 +248,32 @@ def test_the_probe_gives_the_fisher_information_of_the_outputs(deep: Path, tmp_p
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "body"])
+def test_moments_are_the_same_however_much_is_held_at_a_time(
+    kind: str, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample of a batch and two tokens of its logits, or all; with padding, and of models without a head."""
+    cls = {"gpt2": tf.AutoModelForCausalLM, "bert": tf.AutoModelForSequenceClassification, "body": tf.AutoModel}[kind]
+    torch.manual_seed(0)  # of a classification head
+    model = cls.from_pretrained(deep / ("gpt2" if kind == "gpt2" else "bert")).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    ids = torch.randint(5, 40, (7, 16), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(16) < torch.tensor([16, 3, 9, 16, 1, 12, 5])[:, None]).long()
+    batches = [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(0, 5), slice(5, 7))]
+    whole = collect(model, batches, names, tmp_path / "whole", probe=Probe(3))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda m, a, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(moments, "MOST_ACTIVATIONS", 1)
+    monkeypatch.setattr(logits, "MOST_LOGITS", 2 * len(tasks.VOCABULARY))
+    parts = collect(model, batches, names, tmp_path / "parts", probe=Probe(3))
+    assert sizes == [1] * (1 + 7) and [name for name in names if name in whole] == [n for n in names if n in parts]
+    for name in (name for name in names if name in whole):
+        a, b = whole[name], parts[name]
+        assert a.tokens == b.tokens and a.output_trace == pytest.approx(b.output_trace, rel=1e-4), name
+        for one, other in ((a.gram, b.gram), (a.output, b.output)):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()), msg=name)
+
+
 def test_modules_that_read_the_same_vectors_share_one_gram_matrix(deep: Path, tmp_path: Path) -> None:
     model = tf.AutoModel.from_pretrained(deep / "bert").eval()
     names = [f"encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
@@ -328,6 +357,25 @@ def test_compare_measures_every_arm_at_the_plans_size(model: str, run: Plan, dee
     assert all(arm["params"] <= planned for name, arm in arms.items() if name != "dense")
     assert all((arm["perplexity"] is not None) == (model == "gpt2") for arm in arms.values())
     assert arms["the plan"]["divergence"] < arms["plain SVD"]["divergence"]
+
+
+def test_the_divergence_of_two_models_is_the_same_whatever_is_held_of_their_logits(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, other = (tf.AutoModelForCausalLM.from_pretrained(deep / "gpt2").eval() for _ in range(2))
+    with torch.no_grad():
+        other.transformer.wte.weight.mul_(1.1)
+    ids = torch.randint(5, 40, (3, 16), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(16) < torch.tensor([16, 4, 9])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    monkeypatch.setattr(logits, "MOST_LOGITS", 2 * len(tasks.VOCABULARY))
+    with torch.no_grad():
+        found, losses = divergence(other, Kept(dense, [batch, batch], tmp_path), causal=True)
+        p, q = (model(**batch).logits.log_softmax(-1) for model in (dense, other))
+        expected = (p.exp() * (p - q)).sum(-1)[mask != 0].mean()
+        next_ones = -q[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:] != 0].mean()
+    assert found == pytest.approx(float(expected), rel=1e-4) and found > 1e-4
+    assert losses == [pytest.approx(float(next_ones), rel=1e-5)] * 2
 
 
 def test_sensitivities_are_measured_once_and_belong_to_one_model_and_text(
