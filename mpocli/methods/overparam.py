@@ -22,7 +22,9 @@ from mpocli.methods.segment_state import drop_states, last_state, load_state, sa
 from mpocli.methods.student import count_trainable, has_head, load_student, roles_of
 from mpocli.methods.task_data import TaskData
 from mpocli.mpo import MPO, SiteShape
+from mpocli.nn.logits import rows_at_once
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
+from mpocli.train.models import vocabulary_of
 from mpocli.train.moments import Moments, expand_moments, take_moments
 from mpocli.train.processes import on_first
 from mpocli.train.segment import (
@@ -343,6 +345,9 @@ def _folded(run: Run, model: Any, chain: _Chain, options: Overparam, score_steps
     training_params = sum(parameter.numel() for parameter in model.parameters())
     trainable = count_trainable(model)[1]
     (batch,) = run.data.sample(run.optimisation.batch_size, 1, run.optimisation.seed, run.device)
+    samples, length = batch["input_ids"].shape
+    rows = rows_at_once(samples, length, vocabulary_of(model.config))
+    batch = {key: value[:rows] for key, value in batch.items()}
     model.to(run.device).eval()
     before = model(**batch)["logits"].float()
     remove(model)

@@ -7,6 +7,7 @@ choice of rows makes as much again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,3 +55,30 @@ def drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     numbers = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
     labels = torch.searchsorted(below, numbers * below[:, -1:], right=True)  # never one of no chance
     return chances, labels.squeeze(1).clamp_max(logits.shape[-1] - 1)
+
+
+class SoftLoss(torch.autograd.Function):
+    """Σ KL(softmax t/T ‖ softmax s/T) over the chosen predictions, as a function of s alone.
+
+    `apply(s, t, places, T)`: logits (N, V) of student and teacher, the rows (K,) that count, the temperature. The
+    gradient (softmax s/T − softmax t/T)/T is made along with the loss, a few rows at a time: autograd would keep
+    half a dozen tensors of the logits' size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, places: Tensor, temperature: float) -> Tensor:
+        gradient = torch.zeros_like(student)
+        total = student.new_zeros((), dtype=torch.float32)
+        for part in slices(len(places), student.shape[-1]):
+            rows = places[part]
+            log_s, log_t = (F.log_softmax(z[rows].float() / temperature, -1) for z in (student, teacher))
+            p = log_t.exp()
+            total += torch.where(log_t.isneginf(), 0.0, p * (log_t - log_s)).sum()
+            gradient[rows] = ((log_s.exp() - p) / temperature).to(gradient)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient), None, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpocli.errors import InputError
+from mpocli.nn.logits import SoftLoss
 from mpocli.train.encode import IGNORE
 
 
@@ -33,10 +34,10 @@ class Distillation:
             if self.teacher.config.is_encoder_decoder:
                 asked["labels"] = inputs["labels"]  # its decoder reads them, shifted
             teacher = self.teacher(**asked, output_hidden_states=self.hidden)
-        labels, logits, taught = inputs.get("labels"), student.logits, teacher.logits
-        if logits.dim() == 3 and labels is not None and self.next_token:
-            logits, taught, labels = logits[:, :-1], taught[:, :-1], labels[:, 1:]  # place i predicts token i + 1
-        soft = soft_loss(logits, taught, labels, self.temperature)
+        labels = inputs.get("labels")
+        if student.logits.dim() == 3 and labels is not None and self.next_token:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # place i predicts token i + 1
+        soft = soft_loss(student.logits, teacher.logits, labels, self.temperature)
         total = (1 - self.weight) * task_loss + self.weight * soft
         if self.hidden:
             mask = inputs["attention_mask"]
@@ -58,11 +59,12 @@ def soft_loss(student: Tensor, teacher: Tensor, labels: Tensor | None, temperatu
     if student.shape[-1] == 1:
         return F.mse_loss(student.float(), teacher.float())
     if student.dim() == 3 and labels is not None and labels.dim() == 2:
-        counted = labels != IGNORE
-        student, teacher = student[counted], teacher[counted]
-    log_student = F.log_softmax(student.float().flatten(0, -2) / temperature, -1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2) / temperature, -1)
-    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * temperature**2
+        places = (labels != IGNORE).reshape(-1).nonzero().squeeze(1)
+    else:
+        places = torch.arange(student.numel() // student.shape[-1], device=student.device)
+    rows, taught = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
+    total: Tensor = SoftLoss.apply(rows, taught, places, temperature)  # type: ignore[no-untyped-call]
+    return total / max(1, len(places)) * temperature**2
 
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from torch.nn import functional as F
 
 from mpocli.errors import NumericsError
 from mpocli.methods import decompose
 from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.nn import MPOModule
+from mpocli.nn import MPOModule, logits
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation, hidden_loss, soft_loss
 from mpocli.train.encode import collate
@@ -266,6 +267,28 @@ def test_token_logits_count_where_labels_do() -> None:
     labels[0, 1] = 3
     whole = soft_loss(student, teacher, labels, 1.0)
     assert float(whole) == pytest.approx(float(soft_loss(student[0, 1:2], teacher[0, 1:2], None, 1.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_soft_loss_and_its_gradient_are_autograd_s_whatever_is_held_of_the_logits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows at a time of fourteen, nine of which count, and a logit that the teacher rules out."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 7, 5, generator=generator, dtype=dtype) for _ in range(2))
+    teacher[0, 2, 1] = -torch.inf
+    labels = torch.randint(0, 5, (2, 7), generator=generator)
+    labels[1, 2:] = -100
+    student.requires_grad_()
+    temperature = 1.5
+    log_p, log_q = ((z[labels != -100] / temperature).log_softmax(-1) for z in (teacher, student))
+    expected = temperature**2 * F.kl_div(log_q, log_p.exp(), reduction="batchmean")
+    (wanted,) = torch.autograd.grad(3 * expected, student)
+    monkeypatch.setattr(logits, "MOST_LOGITS", 2 * 5)
+    found = soft_loss(student, teacher, labels, temperature)
+    (gradient,) = torch.autograd.grad(3 * found, student)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_hidden_states_are_compared_at_real_tokens_of_evenly_spaced_layers() -> None:
