@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mpocli.errors import InputError, MpoError, NumericsError, TargetNotMetError, UsageError
     from mpocli.hf.plugin import MPOConfig
+    from mpocli.hf.sparse import release_zeros
     from mpocli.mpo import MPO, SiteShape, Truncation
     from mpocli.nn import MPOEmbedding, MPOLinear
 
@@ -30,6 +31,7 @@ _PUBLIC = {
     "MPOLinear": "mpocli.nn",
     "MPOEmbedding": "mpocli.nn",
     "MPOConfig": "mpocli.hf.plugin",
+    "release_zeros": "mpocli.hf.sparse",
     "MpoError": "mpocli.errors",
     "UsageError": "mpocli.errors",
     "InputError": "mpocli.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "TargetNotMetError",
     "Truncation",
     "UsageError",
+    "release_zeros",
 ]
 
 

@@ -15,10 +15,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpocli.errors import InputError
 from mpocli.hf.replace import install, local_name, remove
 from mpocli.hf.routing import RoutingConfig, connect
-from mpocli.hf.sparse import packed_state, postpone_ties, reserve, stored_encodings, unpack
+from mpocli.hf.sparse import packed_state, postpone_ties, reserve, sparse_parameters, stored_encodings, unpack
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
+from mpocli.nn.held_zeros import release_zeros_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,8 +150,10 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        remove(model, dtype)
+        for parameter in sparse_parameters(model).values():
+            release_zeros_of(parameter)
         self.quantization_config.encodings = {}
+        remove(model, dtype)
         return model
 
 

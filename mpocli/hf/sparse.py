@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mpocli.errors import InputError
 from mpocli.hf.replace import local_name
 from mpocli.io.encoding import Encoding, Encodings, encode, encoded_names, encoding_of, encodings_from, part_names
+from mpocli.nn.held_zeros import hold_zeros, look_again, release_zeros_of
 from mpocli.sparse.bits import unpack_sparse
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **followers}
     if encodings:
         model.register_load_state_dict_pre_hook(_unpack_state)
+        keep_zeros(model)
 
 
 def _unpack_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -132,11 +135,18 @@ def _unpack_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     for name in encoded_names(state) & parameters.keys():
         bits, values = (state.pop(part) for part in part_names(name))
         state[name] = unpack_sparse(bits, values, parameters[name].shape)
+    for name in state.keys() & parameters.keys():
+        look_again(parameters[name])
 
 
 def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
-    """Of what there is to save: a model's layers may have been removed, its vocabulary resized."""
-    return {name: Encoding(tuple(state[name].shape), e.pattern) for name, e in encodings.items() if name in state}
+    """Of what there is to save: a model's layers may have been removed, its vocabulary resized, an adapter merged into
+    a matrix, which then has no zero and is an ordinary one."""
+    return {
+        name: Encoding(tuple(state[name].shape), e.pattern)
+        for name, e in encodings.items()
+        if name in state and not bool(state[name].all())
+    }
 
 
 def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Iterable[str]) -> dict[str, Any]:
@@ -185,24 +195,37 @@ def sparse_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: model.get_parameter(name) for name in sparse_encodings(model)}
 
 
-def keep_zeros(model: PreTrainedModel) -> int:
-    """Let training leave the zeros of sparse tensors zero: their gradients are masked. Returns how many tensors.
+def keep_zeros(model: PreTrainedModel) -> None:
+    """Let training leave the zeros of sparse tensors exactly zero, whoever trains, and whichever copy of the model."""
+    _hold(model)
+    if not any(isinstance(hook, _Hold) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_Hold())
 
-    AdamW then never moves them: without a gradient its moments stay zero, and decay scales zero.
+
+def release_zeros(model: PreTrainedModel) -> None:
+    """Let training fill the zeros of a sparse model, which is then saved as an ordinary one.
+
+    >>> model = AutoModel.from_pretrained("bert-50")  # doctest: +SKIP
+    >>> mpocli.release_zeros(model)  # doctest: +SKIP
     """
-    found = sparse_parameters(model)
-    for parameter in found.values():
-        if parameter.requires_grad:
-            parameter.register_hook(_Masked(parameter.detach() != 0))
-    return len(found)
+    for parameter in sparse_parameters(model).values():
+        release_zeros_of(parameter)
+    set_encodings(model, {})
 
 
-class _Masked:
-    """A gradient where the mask is, zero elsewhere."""
+def _hold(model: nn.Module) -> None:
+    config: Any = model.config
+    for name in getattr(getattr(config, "quantization_config", None), "encodings", None) or {}:
+        owner, _, leaf = name.rpartition(".")
+        with suppress(AttributeError):  # a layer that was removed
+            parameter = model.get_submodule(owner)._parameters.get(leaf)
+            if parameter is not None:  # a weight under a mask is elsewhere
+                hold_zeros(parameter)
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        self.mask = self.mask.to(gradient.device)
-        return torch.where(self.mask, gradient, gradient.new_zeros(()))  # no product: it may be infinite
+class _Hold:
+    """Before a forward pass that may be trained on: what was copied or replaced meanwhile is held, too."""
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            _hold(model)

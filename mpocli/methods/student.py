@@ -12,7 +12,6 @@ from torch import nn
 from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
-from mpocli.hf.sparse import keep_zeros
 from mpocli.methods.task_data import TaskData
 from mpocli.train.models import load_model
 from mpocli.train.segment import Optimisation, Schedule
@@ -44,7 +43,6 @@ def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: b
         model.config.pad_token_id = data.pad
     if data.task.kind == "regression" and data.train and not has_head(checkpoint):
         _start_at_the_mean(model, [float(feature["labels"]) for feature in data.train])
-    keep_zeros(model)
     return model
 
 
