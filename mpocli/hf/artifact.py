@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpocli import __version__
-from mpocli.hf.card import left_behind, license_of, model_card
+from mpocli.hf.card import license_of, model_card
+from mpocli.hf.config import check_counts, load_config, read_config
 from mpocli.hf.hub import Source, resolve
-from mpocli.hf.side_files import carry
-from mpocli.hf.skeleton import load_config
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
 from mpocli.hf.targets import Survey, Weight, survey
-from mpocli.io.checkpoint import CheckpointReader, file_sha256, read_json
+from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, Totals, read_manifest
 from mpocli.mpo.linalg import dtype_name
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = "README.md"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
+_OWN_FILES = {"config.json", MANIFEST, WEIGHTS_INDEX, CARD, ".gitattributes", "metrics.jsonl", "squeeze.jsonl"}
+# Small configuration folders travel along (sentence-transformers' `1_Pooling`, say).
+_MAX_FOLDER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Checkpoint:
     def open(cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory or hub model. Raises `InputError` for anything that is not a usable checkpoint."""
         source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
-        config_json = read_json(source.directory / "config.json")
+        config_json = read_config(source.directory)
         manifest = read_manifest(source.directory, config_json)
         reader = CheckpointReader(source.directory, manifest.encodings if manifest else None)
         if manifest is not None and _rewritten(manifest, reader):
@@ -51,6 +55,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
+        check_counts(self.config_json, self.source.directory, len(self.reader.specs))
         return load_config(self.source.directory, trust_remote_code=self.trust_remote_code)
 
     @cached_property
@@ -162,7 +167,15 @@ def write_surroundings(
     `config_json` replaces the source's where the model's class has changed.
     """
     source = checkpoint.source.directory
-    left = carry(source, work)
+    for path in sorted(source.iterdir()):
+        if path.name in _OWN_FILES or path.suffix in _WEIGHT_SUFFIXES or path.name.startswith("."):
+            continue
+        if path.name.endswith(".index.json"):
+            continue
+        if path.is_file() and not (work / path.name).exists():
+            shutil.copyfile(path, work / path.name)
+        elif path.is_dir() and _is_configuration(path):
+            _copy_folder(path, work / path.name)
     original = checkpoint.config_json if config_json is None else config_json
     config = {key: value for key, value in original.items() if key != "quantization_config"}
     if dtype is not None:
@@ -173,7 +186,6 @@ def write_surroundings(
     _write_json(work / "config.json", config)
     class_name = "AutoModel" if "auto_map" in config else _architecture(config)
     card = model_card(manifest, license_of(source / CARD), class_name)
-    card += left_behind(left)
     (work / CARD).write_text(card, encoding="utf-8")
     files = sorted(path for path in work.rglob("*") if path.is_file())
     digests = {
@@ -232,6 +244,23 @@ def _described(entry: ModuleEntry, weight: Weight | None, otherwise: torch.dtype
     if weight is None:
         return replace(entry, role=None, dtype=dtype_name(otherwise))
     return replace(entry, role=weight.role, dtype=dtype_name(weight.dtype))
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Files and folders without their modes: out of a read-only store comes a folder that can be deleted."""
+    for path in (source, *sorted(source.rglob("*"))):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(path, place)
+
+
+def _is_configuration(folder: Path) -> bool:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return all(path.suffix in (".json", ".txt") for path in files) and (
+        sum(path.stat().st_size for path in files) <= _MAX_FOLDER_BYTES
+    )
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.hf.foreign import foreign
 from mpocli.hf.padding import decoder_mask, given_to, padding_id, parameter_names, stack_mask
 from mpocli.nn.padding import spread
 
@@ -263,8 +264,10 @@ class Padding:
 
 
 def run(model: PreTrainedModel, batch: Batch) -> Any:
-    """The model's outputs for a batch from any device."""
-    return model(**{key: value.to(model.device) for key, value in batch.items()})
+    """The model's outputs for a batch from any device; `InputError` where its own code fails at that."""
+    moved = {key: value.to(model.device) for key, value in batch.items()}
+    with foreign(f"a {type(model).__name__} cannot be run on text", hint="choose what needs no calibration data"):
+        return model(**moved)
 
 
 @contextmanager

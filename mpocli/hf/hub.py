@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mpocli.errors import InputError, UsageError
 from mpocli.io.checkpoint import PICKLE_HINT
+from mpocli.io.readable import is_there, why_unreadable
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What a checkpoint needs: never pickles, never the other frameworks' copies of the weights. In the numbered folders are
-# the modules that sentence-transformers puts after the model; mpocli carries them and opens none.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "[0-9]*_*/*"]
+# What a checkpoint needs: never pickles, never the other frameworks' copies of the weights.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
 _SUBFOLDERS = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
 # The same weights once more: as their authors' own code wants them, or in another precision.
 _VARIANTS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "8bit", "4bit", "non_ema")
@@ -40,16 +40,22 @@ def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool 
     a local directory.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        here, is_directory = path.exists(), path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise InputError(f"{model}: cannot be read ({error.strerror})", hint="check the path") from error
+    if is_directory:
         if revision is not None:
             raise UsageError(
                 f"--revision is for hub models, {model} is a local directory",
                 hint="leave --revision out, or name the hub model as organisation/name",
             )
-        if not (path / "config.json").is_file():
+        if (why := why_unreadable(path / "config.json")) is not None:
+            if is_there(path / "config.json"):
+                raise InputError(f"{path / 'config.json'}: {why}", hint="download or write the file again")
             raise InputError(f"{model}: no config.json in this directory", hint="name a transformers model directory")
         return Source(path, path.resolve().name, None)
-    if path.exists():
+    if here:
         raise InputError(f"{model}: is a file", hint="name the model's directory")
     if not _REPO_ID.fullmatch(model) or model.startswith("."):
         raise InputError(f"{model}: no such directory", hint="check the path, or name a hub model such as gpt2")

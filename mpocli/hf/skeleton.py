@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpocli.errors import InputError
+from mpocli.hf.config import class_name
+from mpocli.hf.foreign import foreign
 from mpocli.io.manifest import QUANT_METHOD
 
 if TYPE_CHECKING:
@@ -16,25 +19,17 @@ if TYPE_CHECKING:
     from mpocli.io.checkpoint import CheckpointReader
 
 
-def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """transformers' configuration of a model directory; `InputError` where it has none that can be used."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers' own code on a user's file: anything can come out of it
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "pass --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""
-        raise InputError(
-            f"{directory}: its config.json is not one that this transformers can use ({first_line})",
-            hint=hint or "check `model_type`, or update transformers",
-        ) from error
+# The largest mixtures of experts have 200,000; each takes a tenth of a millisecond.
+MOST_PARAMETERS = 1_000_000
 
 
-def build_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    config: PretrainedConfig, *, trust_remote_code: bool = False, most_parameters: int = MOST_PARAMETERS
+) -> PreTrainedModel:
     """The dense model that `config` describes, on the meta device: every shape and no data.
 
-    The class is the one the checkpoint was saved from (`architectures`), so that its heads are seen too.
+    The class is the one the checkpoint was saved from (`architectures`), so that its heads are seen too. Raises
+    `InputError` where there is no such class, and for a model of more than `most_parameters` tensors.
     """
     import torch
     import transformers
@@ -49,26 +44,41 @@ def build_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False)
                 hint="start from the unquantised checkpoint",
             )
         del config.quantization_config
-    names = getattr(config, "architectures", None) or [None]
-    name = names[0]
-    if not isinstance(name, str | None):
-        raise InputError(f"config.json: architecture {name!r} is no class name", hint="restore config.json")
+    name = class_name(config)
     cls: Any = getattr(transformers, name, None) if name else None
+    problem = f"no model can be built for architecture {name or None!r} (model_type {config.model_type!r})"
+    hint = "pass --trust-remote-code if the model brings its own code, or update transformers"
+    with foreign(problem, hint=hint), _bounded(most_parameters), torch.device("meta"):
+        if cls is not None:
+            return cls._from_config(config)
+        auto = transformers.AutoModel
+        for head, auto_class in _AUTO_CLASSES.items():
+            if name.endswith(head):
+                auto = getattr(transformers, auto_class)
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """`InputError` as soon as a model that is being built has more parameters than that."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    made = 0
+
+    def count(module: Any, name: str, parameter: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise InputError(
+                f"config.json describes a model of more than {most:,} parameter tensors, many more than the files hold",
+                hint="correct its numbers of layers and experts",
+            )
+
+    handle = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"):
-            if cls is not None:
-                return cls._from_config(config)
-            auto = transformers.AutoModel
-            for head, auto_class in _AUTO_CLASSES.items():
-                if name and name.endswith(head):
-                    auto = getattr(transformers, auto_class)
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a model's own code on a user's configuration: anything can come out of it
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"no model can be built for architecture {name!r} (model_type {config.model_type!r}): {first_line}",
-            hint="pass --trust-remote-code if the model brings its own code, or update transformers",
-        ) from error
+        yield
+    finally:
+        handle.remove()
 
 
 # For architectures that bring their own code: the auto class by the ending of the class name.

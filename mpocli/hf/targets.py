@@ -88,13 +88,17 @@ class Survey:
 
     `dense_params` counts every parameter once, tied ones too; `dense_bytes` the same in the stored dtypes.
     `other_keys` are the tensors in the files that are no parameters of the model: buffers, and what the class
-    ignores.
+    ignores. `token_rows` of the table that input ids are looked up in; `target_rows` the least of those that a decoder
+    reads and that a head over the vocabulary writes; None for a model without. `reads` is the model's main input.
     """
 
     weights: tuple[Weight, ...]
     dense_params: int
     dense_bytes: int
     other_keys: frozenset[str] = frozenset()
+    token_rows: int | None = None
+    target_rows: int | None = None
+    reads: str = "input_ids"
 
     @property
     def params(self) -> int:
@@ -102,6 +106,10 @@ class Survey:
         return self.dense_params + sum(
             weight.entry.spec.params - weight.dense_params for weight in self.weights if weight.entry
         )
+
+
+# Of parameter tensors that are built to be compared with the files, whatever the files hold.
+_LEAST_BOUND = 20_000
 
 
 def survey(
@@ -116,7 +124,9 @@ def survey(
     Raises `InputError` where the files lack cores that the manifest names or hold others, and where a dense
     tensor's shape is not the model's.
     """
-    model = build_skeleton(config, trust_remote_code=trust_remote_code)
+    # Loading splits a stored tensor into a few at most, and ties some more.
+    most = max(_LEAST_BOUND, 20 * len(reader.specs))
+    model = build_skeleton(config, trust_remote_code=trust_remote_code, most_parameters=most)
     keys = file_keys(model, reader)
     entries = _entries(manifest, model)
     apart = _stored_apart(model, keys.stored, reader, entries)
@@ -167,7 +177,25 @@ def survey(
         tuple(weights),
         *_dense_size(model, keys, groups, apart, reader),
         other_keys=frozenset((buffers | ignored) - cores - {weight.key for weight in weights if weight.entry}),
+        token_rows=_rows(model, "get_input_embeddings"),
+        target_rows=_target_rows(model),
+        reads=str(model.main_input_name),
     )
+
+
+def _target_rows(model: PreTrainedModel) -> int | None:
+    owner: Any = model.get_decoder() if model.config.is_encoder_decoder else model
+    found = (_rows(owner, "get_input_embeddings"), _rows(model, "get_output_embeddings"))
+    return min((rows for rows in found if rows is not None), default=None)
+
+
+def _rows(owner: Any, table: str) -> int | None:
+    """Rows of an embedding or of a head over the vocabulary, None where there is no such thing."""
+    try:
+        weight = getattr(owner, table)().weight
+    except (NotImplementedError, AttributeError):
+        return None
+    return int(weight.shape[0]) if weight.dim() == 2 else None
 
 
 FUSED = "fused expert weights (one 3-way tensor) are not decomposed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.io.encoding import Encodings, encoded_names, encoding_of, has_tombstone, part_names
+from mpocli.io.json_file import read_json
+from mpocli.io.readable import is_file, is_there, why_unreadable
 from mpocli.sparse.bits import unpack_sparse
 
 WEIGHTS = "model.safetensors"
@@ -199,27 +200,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` where it is absent, broken or something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})", hint="download or write the file again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: a JSON object was expected, not a {type(data).__name__}")
-    return data
-
-
 def _is_file_name(name: str) -> bool:
     """No path: an index that somebody else wrote must not lead anywhere else."""
     return 0 < len(name.encode("utf-8", "replace")) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
     index = directory / WEIGHTS_INDEX
-    if index.is_file():
+    for path in (directory / WEIGHTS, index):
+        if is_there(path) and (why := why_unreadable(path)):
+            raise InputError(f"{path}: {why}", hint="download or write the file again")
+    if is_file(directory / WEIGHTS):
+        return [directory / WEIGHTS]
+    if is_file(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: its weight_map does not map tensors to files", hint="download it again")
@@ -230,17 +223,22 @@ def _weight_files(directory: Path) -> list[Path]:
                     f"{index}: names the shard {name[:80]!r}, which is no file name in this directory",
                     hint="download the index again, from where you trust it",
                 )
-        missing = [name for name in names if not (directory / name).is_file()]
+        missing = [name for name in names if why_unreadable(directory / name)]
         if missing or not names:
+            first = f" (first: {_shown(missing[0])}, which {why_unreadable(directory / missing[0])})" if missing else ""
             raise InputError(
-                f"{index}: names {len(names)} shards, {len(missing)} of them missing (first: {missing[:1]})",
+                f"{index}: names {len(names)} shards, {len(missing)} of them missing{first}",
                 hint="download the missing shards",
             )
         return [directory / name for name in names]
-    pickles = [name for name in _PICKLES if (directory / name).exists()]
+    pickles = [name for name in _PICKLES if is_there(directory / name)]
     if pickles:
         raise InputError(
             f"{directory}: only a pickle checkpoint ({pickles[0]}), which can run code when it is opened",
             hint=PICKLE_HINT.format(model="DIR"),
         )
     raise InputError(f"{directory}: no {WEIGHTS} and no {WEIGHTS_INDEX}", hint="name a transformers model directory")
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:59]}…"

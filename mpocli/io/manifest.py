@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mpocli.errors import InputError
-from mpocli.io.checkpoint import read_json
 from mpocli.io.encoding import BITMASK, Encoding, encodings_from
+from mpocli.io.json_file import read_json
 from mpocli.mpo.shape import SiteShape
 
 MANIFEST = "mpo.json"

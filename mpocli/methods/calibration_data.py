@@ -13,11 +13,11 @@ from torch import Tensor
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch
-from mpocli.methods.task_data import DataOptions, positions, prepare
+from mpocli.methods.task_data import DataOptions, model_vocabulary, positions, prepare
 from mpocli.nn.logits import rows_at_once
 from mpocli.train.data import read_text
-from mpocli.train.encode import collate, lm_windows, pad_id
-from mpocli.train.models import family_of, load_tokenizer, vocabulary_of
+from mpocli.train.encode import collate, lm_windows
+from mpocli.train.models import family_of, vocabulary_of
 from mpocli.train.tasks import task_named
 
 Batches = list[dict[str, Tensor]]
@@ -103,10 +103,7 @@ def split_rows(batches: Batches, count: int) -> tuple[Batches, Batches]:
 
 
 def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions | None, seed: int) -> Batches:
-    tokenizer_name = data.tokenizer if data else None
-    tokenizer = load_tokenizer(
-        checkpoint.source.directory, tokenizer_name, trust_remote_code=checkpoint.trust_remote_code
-    )
+    vocabulary = model_vocabulary(checkpoint, data.tokenizer if data else None)
     column = data.text_columns[0] if data and data.text_columns else None
     text = read_text(chosen.source, text_column=column)
     model_config = checkpoint.config
@@ -119,7 +116,11 @@ def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions
             hint=f"at most {most * (1 + is_seq2seq)}",
         )
     masked = is_seq2seq or family_of(task_named("lm"), model_config) == "masked"
-    windows = [ids for ids in lm_windows(text, tokenizer, chosen.seq_len, masked=masked).ids if len(ids) > 1]
+    try:
+        made = lm_windows(text, vocabulary.tokenizer, chosen.seq_len, masked=masked, vocabulary=vocabulary)
+    except InputError as error:
+        raise InputError(f"--calibrate {chosen.source}: {error.message}", hint=error.hint) from error
+    windows = [ids for ids in made.ids if len(ids) > 1]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = [windows[index] for index in order[: chosen.samples]]
     if not rows:
@@ -130,7 +131,7 @@ def _text_batches(checkpoint: Checkpoint, chosen: Calibration, data: DataOptions
         features = [{"input_ids": a, "attention_mask": [1] * len(a), "labels": b} for a, b in halves]
     size = _rows(checkpoint, chosen.seq_len)
     batches = [features[first : first + size] for first in range(0, len(features), size)]
-    return [collate(batch, pad_id(tokenizer)) for batch in batches]
+    return [collate(batch, vocabulary.pad) for batch in batches]
 
 
 def _rows(checkpoint: Checkpoint, length: int) -> int:

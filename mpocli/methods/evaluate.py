@@ -167,7 +167,7 @@ class _Measured:
             data.label_names,
             trust_remote_code=self.trust_remote_code,
         )
-        if model.config.pad_token_id is None:
+        if not data.vocabulary.knows(model.config.pad_token_id):
             model.config.pad_token_id = data.pad
         moved: Any = model.to(self.device)
         return moved.eval()
@@ -252,13 +252,13 @@ def _token_agreement(own: _Measured, other: _Measured, progress: Progress | None
         said = [
             window_logits(
                 model,
-                measured.data.tokenizer,
+                measured.data.vocabulary,
                 windows,
                 measured.data.family,
                 Run(),
                 batch_size=own.options.eval_batch_size,
                 precision=own.options.precision,
-                vocabulary=max(sizes),
+                width=max(sizes),
                 progress=tell if measured is own else None,
             )
             for model, measured in ((ours, own), (theirs, other))

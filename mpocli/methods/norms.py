@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch
+from mpocli.hf.loading import load
 from mpocli.hf.moments import Moments, Probe, Store, collect
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
@@ -153,7 +154,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of parameters that the files lack
-        return cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
+        return load(cls, checkpoint.source.directory, dtype=torch.float32).to(device).eval()
 
 
 def _is_layer(model: Any, name: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.loading import load_tokenizer
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
@@ -24,7 +25,6 @@ from mpocli.methods.sparsify_plan import plan
 from mpocli.methods.sparsify_write import SparseTensor, add_metrics, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.student import load_student
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare
-from mpocli.train.models import load_tokenizer
 
 Progress = Callable[[int, int, str], None]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Inputs, sequential
+from mpocli.hf.loading import load
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.methods.calibration_data import calibration_batches, fed
 from mpocli.methods.sparsify_config import SparsifyConfig
@@ -41,7 +42,7 @@ def prune_by_activations(
     for target in targets:  # a broken weight is told as such, and not by what it makes of activations
         check_finite(checkpoint.reader.read(target.key), target.key)
     cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
-    model = cls.from_pretrained(checkpoint.source.directory, dtype=torch.float32).to(device).eval()
+    model = load(cls, checkpoint.source.directory, dtype=torch.float32).to(device).eval()
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
     by_module = {target.module: target for target in targets}
     pruned: dict[str, Tensor] = {}

@@ -39,7 +39,7 @@ def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: b
         data.label_names,
         trust_remote_code=trust_remote_code,
     )
-    if model.config.pad_token_id is None:
+    if not data.vocabulary.knows(model.config.pad_token_id):
         model.config.pad_token_id = data.pad
     if data.task.kind == "regression" and data.train and not has_head(checkpoint):
         _start_at_the_mean(model, [float(feature["labels"]) for feature in data.train])

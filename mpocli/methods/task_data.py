@@ -13,11 +13,14 @@ from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.config import class_name
+from mpocli.hf.loading import load_tokenizer
 from mpocli.train.data import Examples, read_examples, read_text, references, split_off
-from mpocli.train.encode import Windows, collate, encode, lm_windows, pad_id
-from mpocli.train.models import Family, family_of, load_tokenizer
+from mpocli.train.encode import Encoded, Windows, collate, encode, lm_windows
+from mpocli.train.models import Family, family_of
 from mpocli.train.predict import Progress, Run, mask_tokens, run_examples, run_generation, run_windows, score
 from mpocli.train.tasks import Task, task_named
+from mpocli.train.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,19 @@ class EvalSet:
 
 
 class Collator:
-    """Features to padded batches; for a masked language model (`tokenizer` given) with tokens hidden.
+    """Features to padded batches; for a `masked` language model with tokens hidden.
 
     Which ones is a function of seed, `epoch` and sample: a resumed run hides the same.
     """
 
-    def __init__(self, pad: int, tokenizer: Any | None, seed: int) -> None:
-        self.pad, self.tokenizer, self.seed, self.epoch = pad, tokenizer, seed, 0
+    def __init__(self, vocabulary: Vocabulary, masked: bool, seed: int) -> None:
+        self.vocabulary, self.masked, self.seed, self.epoch = vocabulary, masked, seed, 0
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = collate(features, self.pad)
-        if self.tokenizer is not None:
+        batch = collate(features, self.vocabulary.pad)
+        if self.masked:
             first = (self.seed * 1_009 + self.epoch) * 1_000_003
-            batch["labels"] = mask_tokens(batch, self.tokenizer, [first + feature["index"] for feature in features])
+            batch["labels"] = mask_tokens(batch, self.vocabulary, [first + feature["index"] for feature in features])
         return batch
 
 
@@ -92,8 +95,7 @@ class TaskData:
 
     task: Task
     family: Family
-    tokenizer: Any
-    pad: int
+    vocabulary: Vocabulary
     label_names: tuple[str, ...]
     train: list[dict[str, Any]]
     eval: tuple[EvalSet, ...]
@@ -103,7 +105,15 @@ class TaskData:
 
     def collator(self, seed: int) -> Collator:
         """Makes batches for training."""
-        return Collator(self.pad, self.tokenizer if self.family == "masked" else None, seed)
+        return Collator(self.vocabulary, self.family == "masked", seed)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.vocabulary.tokenizer
+
+    @property
+    def pad(self) -> int:
+        return self.vocabulary.pad
 
     def sample(self, batch_size: int, count: int, seed: int, device: torch.device) -> list[dict[str, Tensor]]:
         """`count` batches of training data, drawn by the seed: what losses are compared on."""
@@ -121,10 +131,8 @@ def prepare(
     """Read and tokenise all files of a task. Raises `InputError` and `UsageError` as `train.data` does."""
     task = task_named(options.task)
     family = family_of(task, checkpoint.config)
-    tokenizer = load_tokenizer(
-        checkpoint.source.directory, options.tokenizer, trust_remote_code=checkpoint.trust_remote_code
-    )
-    pad = pad_id(tokenizer)
+    vocabulary = model_vocabulary(checkpoint, options.tokenizer)
+    _ = vocabulary.mask if family == "masked" else vocabulary.pad  # looked up before anything slow
     written = options.max_new_tokens if task.kind == "text2text" and family == "causal" else 0
     _check_length(checkpoint, options.max_length, written)
     if task.kind == "lm" and options.limit is not None:
@@ -139,7 +147,7 @@ def prepare(
     label_names = expected
     # An encoder-decoder classifies from its end-of-sequence token, which not every tokenizer adds.
     how: Any = "seq2seq" if checkpoint.config.is_encoder_decoder else "causal" if family == "causal" else "encoder"
-    reader = _Reader(task, family, tokenizer, options, how)
+    reader = _Reader(task, family, vocabulary, options, how)
     if task.kind == "lm":
         if train_source:
             windows = reader.windows(train_source)
@@ -153,25 +161,40 @@ def prepare(
                 raise InputError(f"{train_source}: too short to train on", hint="name a longer text")
         evals = tuple(_window_set(source, reader.windows(source, "validation")) for source in options.eval)
         tests = tuple(_window_set(source, reader.windows(source, "test")) for source in (options.test,) if source)
-        return TaskData(task, family, tokenizer, pad, (), train, evals, held_out, tests, truncated)
+        return TaskData(task, family, vocabulary, (), train, evals, held_out, tests, truncated)
     if train_source:
-        examples = reader.examples(train_source, expected, limit=options.limit)
+        examples = reader.examples(train_source, expected, limit=options.limit, renames=True)
         label_names = examples.label_names or expected
         if holdout:
             examples, rest = split_off(examples, 0.1, options.seed)
             held_out = (reader.eval_set(rest, "", truncated, "held_out"),)
-        encoded = encode(examples, task, tokenizer, max_length=options.max_length, family=reader.how)
+        encoded = reader.encoded(examples)
         train, truncated["train"] = encoded.features, encoded.truncated
     evals = _eval_sets(reader, options.eval, label_names, truncated, "eval")
     tests = _eval_sets(reader, (options.test,) if options.test else (), label_names, truncated, "test")
     if not label_names and evals and evals[0].examples:
         label_names = evals[0].examples.label_names
-    return TaskData(task, family, tokenizer, pad, label_names, train, evals, held_out, tests, truncated)
+    return TaskData(task, family, vocabulary, label_names, train, evals, held_out, tests, truncated)
+
+
+def model_vocabulary(checkpoint: Checkpoint, tokenizer: str | None = None) -> Vocabulary:
+    """The checkpoint's tokenizer, or the one that was named, beside the tables of its model. Raises `InputError` for a
+    model that takes no text, one without a tokenizer, and a decoder that begins with a token that it has not."""
+    found = checkpoint.survey
+    if found.reads != "input_ids":
+        raise InputError(
+            f"{checkpoint.source.name}: a {checkpoint.architecture} reads {found.reads}, no text",
+            hint="choose a model of text, or what needs no data",
+        )
+    loaded = load_tokenizer(checkpoint.source.directory, tokenizer, trust_remote_code=checkpoint.trust_remote_code)
+    vocabulary = Vocabulary(loaded, found.token_rows, found.target_rows)
+    vocabulary.check_decoder(checkpoint.config)
+    return vocabulary
 
 
 def check_trained_head(checkpoint: Checkpoint, data: TaskData) -> None:
     """A classifier that was never trained only guesses: nothing to measure, and nothing to learn from."""
-    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
+    name = class_name(checkpoint.config)
     if data.family == "encoder" and not name.endswith("ForSequenceClassification"):
         raise InputError(
             f"{checkpoint.source.name}: a {name or 'model'} has no classification head for task {data.task.name}",
@@ -202,7 +225,7 @@ def _expected_labels(task: Task, checkpoint: Checkpoint) -> tuple[str, ...]:
     A head that was trained elsewhere may number the same classes otherwise. Raises `InputError` where it has other
     classes; LABEL_0, LABEL_1 … are no names, and stand for the task's.
     """
-    name = (getattr(checkpoint.config, "architectures", None) or [""])[0] or ""
+    name = class_name(checkpoint.config)
     if task.kind != "classification" or not name.endswith("ForSequenceClassification"):
         return task.labels
     own = tuple(str(checkpoint.config.id2label[k]) for k in sorted(checkpoint.config.id2label))
@@ -222,12 +245,28 @@ def _expected_labels(task: Task, checkpoint: Checkpoint) -> tuple[str, ...]:
 class _Reader:
     task: Task
     family: Family
-    tokenizer: Any
+    vocabulary: Vocabulary
     options: DataOptions
     how: Any
 
+    def encoded(self, examples: Examples) -> Encoded:
+        return encode(
+            examples,
+            self.task,
+            self.vocabulary.tokenizer,
+            max_length=self.options.max_length,
+            family=self.how,
+            vocabulary=self.vocabulary,
+        )
+
     def examples(
-        self, source: str, label_names: tuple[str, ...], *, limit: int | None = None, split: str | None = None
+        self,
+        source: str,
+        label_names: tuple[str, ...],
+        *,
+        limit: int | None = None,
+        split: str | None = None,
+        renames: bool = False,
     ) -> Examples:
         return read_examples(
             source,
@@ -238,13 +277,20 @@ class _Reader:
             seed=self.options.seed,
             split=split,
             label_names=label_names,
+            renames=renames,
         )
 
     def windows(self, source: str, split: str | None = None) -> Windows:
         column = self.options.text_columns[0] if self.options.text_columns else None
         text = read_text(source, text_column=column, split=split)
         try:
-            return lm_windows(text, self.tokenizer, self.options.max_length, masked=self.family == "masked")
+            return lm_windows(
+                text,
+                self.vocabulary.tokenizer,
+                self.options.max_length,
+                masked=self.family == "masked",
+                vocabulary=self.vocabulary,
+            )
         except InputError as error:
             raise InputError(f"{source}: {error.message}", hint=error.hint) from error
 
@@ -254,9 +300,7 @@ class _Reader:
         if self.task.kind == "text2text":
             sources, labels = references(examples)
             shown = replace(examples, texts=tuple(sources), labels=None, lines=examples.lines[: len(sources)])
-        encoded = encode(
-            replace(shown, labels=None), self.task, self.tokenizer, max_length=self.options.max_length, family=self.how
-        )
+        encoded = self.encoded(replace(shown, labels=None))
         truncated[split] = truncated.get(split, 0) + encoded.truncated
         return EvalSet(examples.source, suffix, shown, encoded.features, labels, None)
 
@@ -304,17 +348,17 @@ def run_set(
         "progress": progress,
     }
     if found.windows is not None:
-        return run_windows(model, data.tokenizer, found.windows, data.family, **shared)
+        return run_windows(model, data.vocabulary, found.windows, data.family, **shared)
     if data.task.kind == "text2text":
         return run_generation(
             model,
-            data.tokenizer,
+            data.vocabulary,
             found.features,
             family=data.family,
             max_new_tokens=options.max_new_tokens,
             **shared,
         )
-    return run_examples(model, data.tokenizer, found.features, data.task, **shared)
+    return run_examples(model, data.vocabulary, found.features, data.task, **shared)
 
 
 def evaluate(model: Any, data: TaskData, options: DataOptions, *, split: str = "eval") -> dict[str, float]:

@@ -6,13 +6,17 @@ import csv
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mpocli.errors import InputError, UsageError
+from mpocli.io.json_file import parse_json
+from mpocli.io.readable import is_there, why_unreadable
 from mpocli.train.tasks import Task
 
 _LINES = (".tsv", ".csv", ".jsonl", ".json", ".txt")
@@ -53,6 +57,7 @@ def read_examples(
     split: str | None = None,
     needs_labels: bool = True,
     label_names: Sequence[str] = (),
+    renames: bool = False,
 ) -> Examples:
     """Read and check every row of `source`, then keep `limit` of them: a seeded random subset, in file order.
 
@@ -60,7 +65,8 @@ def read_examples(
     data set: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; `split` (default train) is for a hub name that gives none.
     `limit` counts rows: a source with several references may lose some of them.
     `label_names` are the classes of the model or of the training set; without them they are the task's, or the sorted
-    distinct labels. A label may be a class's name or its integer. With `needs_labels=False` labels are never looked at.
+    distinct labels. A label may be a class's name or its integer. With `renames` the classes of a model that has no
+    names for them (LABEL_0, LABEL_1) take those of the rows. With `needs_labels=False` labels are never looked at.
 
     Raises `UsageError` for options that cannot be meant, and `InputError` (one line: source, line, the numbers)
     for a source that is absent, empty, undecodable or ragged, a column that is missing, and a label that is not
@@ -86,7 +92,9 @@ def read_examples(
     labels: Labels | None = None
     names: tuple[str, ...] = ()
     if label and task.kind == "classification":
-        labels, names = _classes(fields[-1], where, task.labels, table.classes.get(label, ()), tuple(label_names))
+        labels, names = _classes(
+            fields[-1], where, task.labels, table.classes.get(label, ()), tuple(label_names), renames
+        )
     elif label and task.kind == "regression":
         labels = _scores(fields[-1], where, task.score_range)
     elif label:
@@ -233,6 +241,10 @@ def _require(table: _Table, names: Sequence[str], option: str) -> str:
     for name in names:
         if name in table.names:
             return name
+    for name in names:  # as in "text , label"
+        near = [own for own in table.names if own.strip() == name.strip()]
+        if len(near) == 1:
+            return near[0]
     raise InputError(
         f"{table.source}: no column {' or '.join(names)}; it has: {_listed(table.names)}",
         hint=f"name it with {option}, or the --task whose columns these are; the first line has to be a header",
@@ -240,7 +252,7 @@ def _require(table: _Table, names: Sequence[str], option: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(_short(name) for name in names[:20])
+    shown = ", ".join(_short(name) if name == name.strip() and name else repr(name) for name in names[:20])
     return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown
 
 
@@ -256,7 +268,19 @@ def _texts(values: Sequence[Any], column: str, where: _Where) -> tuple[str, ...]
                 f"{where(index)}: column {column} holds {_short(json.dumps(value, default=str))}, not a text",
                 hint="name another column, or remove the row",
             )
+        _check_text(value, where(index))
     return tuple(values)
+
+
+def _check_text(text: str, place: str) -> None:
+    """`InputError` for half of a surrogate pair (JSON can spell it), which no tokenizer takes and no file holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: half of a character (\\u{ord(text[error.start]):04x} without its other half)",
+            hint="write the whole character, or remove the row",
+        ) from error
 
 
 def _scores(values: Sequence[Any], where: _Where, bounds: tuple[float, float] | None) -> tuple[float, ...]:
@@ -283,7 +307,12 @@ def _number(value: Any) -> float | None:
 
 
 def _classes(
-    values: Sequence[Any], where: _Where, canonical: tuple[str, ...], column: tuple[str, ...], given: tuple[str, ...]
+    values: Sequence[Any],
+    where: _Where,
+    canonical: tuple[str, ...],
+    column: tuple[str, ...],
+    given: tuple[str, ...],
+    renames: bool,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Class indices and class names.
 
@@ -294,10 +323,19 @@ def _classes(
     for index, value in enumerate(values):
         if value is None or not str(value).strip():
             raise InputError(f"{where(index)}: no label", hint="correct or remove the row")
+        if not isinstance(value, str | int | float | Decimal):  # a list of labels, an object, a date
+            kind = {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
+            raise InputError(
+                f"{where(index)}: label {_short(value)} is {kind}, and a class is one name or number",
+                hint="give each row one label, or choose another --label-column",
+            )
+        _check_text(str(value), where(index))
     texts = [str(value).strip() for value in values]
     if column:  # its values are integers; those outside the list (-1: unlabelled) stay, and are refused below
         own = {str(number): name for number, name in enumerate(column)}
         texts = [own.get(text, text) for text in texts]
+    if given and not canonical and all(_NAMELESS.fullmatch(name) for name in given):
+        given = _named(texts, where, column, given, renames)
     names = given or canonical or column or _inferred(texts, where)
     known: dict[str, int] = {}
     for index, text in enumerate(texts):
@@ -310,6 +348,27 @@ def _classes(
                 )
             known[text] = position
     return tuple([known[text] for text in texts]), names
+
+
+_NAMELESS = re.compile(r"LABEL_\d+")
+
+
+def _named(
+    texts: Sequence[str], where: _Where, column: tuple[str, ...], given: tuple[str, ...], renames: bool
+) -> tuple[str, ...]:
+    """The names of a head that has none: as given for rows labelled by number, else the rows' own where it is
+    trained on them. `InputError` where nothing says which class is which."""
+    if all(_class_index(text, given, column) is not None for text in set(texts)):
+        return given
+    own = column or _inferred(texts, where)
+    if not renames or len(own) != len(given):
+        problem = "nothing says which is which" if len(own) == len(given) else "the numbers differ"
+        raise InputError(
+            f"{where.source}: {len(own)} classes ({_listed(own)}), and the model's head has {len(given)} without names "
+            f"({_listed(given)}): {problem}",
+            hint="name the head's classes in id2label of its config.json, or label the rows by number",
+        )
+    return own
 
 
 def _class_index(text: str, names: tuple[str, ...], numbered: tuple[str, ...]) -> int | None:
@@ -385,7 +444,7 @@ def _is_file(source: str) -> bool:
     """Whether a file is meant: it is there, or it looks like one and not like NAME or OWNER/NAME."""
     path = Path(source)
     return (
-        path.exists()
+        is_there(path)
         or path.suffix.lower() in FORMATS
         or source.startswith(("/", ".", "~"))
         or source.partition(":")[0].count("/") > 1
@@ -393,10 +452,13 @@ def _is_file(source: str) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    if path.is_dir():
-        raise InputError(f"{path}: a directory", hint=f"name one file in it: {', '.join(FORMATS)}")
-    if not path.is_file():
+    why = why_unreadable(path)
+    if why == "is a directory":
+        raise InputError(f"{path}: is a directory", hint=f"name one file in it: {', '.join(FORMATS)}")
+    if why == "does not exist":
         raise InputError(f"{path}: no such file", hint="check the path")
+    if why:
+        raise InputError(f"{path}: {why}", hint="copy it to a file that can be read")
     return path
 
 
@@ -476,10 +538,12 @@ def _json_lines(path: Path, source: str) -> _Table:
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
         for line, text in _lines(path):
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
+                row = parse_json(text, halves=True)  # what is read of a row is looked at later, and only that
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
                 raise InputError(
-                    f"{source}: line {line} is not JSON ({error.msg})", hint="one object per line is expected"
+                    f"{source}: line {line} is not JSON that can be read ({reason})",
+                    hint="one object per line is expected",
                 ) from error
             if not isinstance(row, dict):
                 raise InputError(
@@ -513,7 +577,8 @@ def _parquet(path: Path, source: str) -> _Table:
 
     try:
         file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+    except Exception as error:  # pyarrow's and datasets' own code on a user's file: anything can come out of it
         raise InputError(f"{source}: not readable as parquet ({_short(error)})", hint="download it again") from error
 
     def pick(columns: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -523,12 +588,11 @@ def _parquet(path: Path, source: str) -> _Table:
                 for row in batch.to_pylist():
                     count += 1
                     yield count, tuple([row[column] for column in columns])
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{source}: broken after row {count} ({_short(error)})", hint="download it again"
             ) from error
 
-    features = datasets.Features.from_arrow_schema(file.schema_arrow)
     return _Table(source, tuple(file.schema_arrow.names), pick, "row", _class_lists(features))
 
 
@@ -540,7 +604,7 @@ def _hub_table(source: str, split: str | None) -> _Table:
     name, config, own_split = [*source.split(":", 2), "", ""][:3]
     try:
         data = datasets.load_dataset(name, config or None, split=own_split or split or "train")
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
+    except Exception as error:  # datasets' own code on a name or a cache: anything can come out of it
         reason = " ".join(str(error).split())
         raise InputError(
             f"{source}: no such file here, and no data set that the hub gives ({reason[:200]})",

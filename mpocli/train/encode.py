@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
+from mpocli.hf.foreign import foreign
 from mpocli.train.data import Examples
 from mpocli.train.tasks import Task
+from mpocli.train.vocabulary import Vocabulary
 
 Family = Literal["encoder", "causal", "seq2seq"]
 Ids = list[int]
@@ -43,7 +45,15 @@ class Windows:
     words: int
 
 
-def encode(examples: Examples, task: Task, tokenizer: Any, *, max_length: int, family: Family) -> Encoded:
+def encode(
+    examples: Examples,
+    task: Task,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    family: Family,
+    vocabulary: Vocabulary | None = None,
+) -> Encoded:
     """Features for `collate`: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, `labels`.
 
     Classification and regression: one sequence or a pair, the longer part cut first, in any family. Text to text:
@@ -53,8 +63,10 @@ def encode(examples: Examples, task: Task, tokenizer: Any, *, max_length: int, f
     An empty text becomes one padding token that is attended to, since models have no empty sequence.
 
     Raises `UsageError` for a `max_length` that leaves no room for a token, and for text to text with an encoder;
-    `InputError` for a tokenizer that lacks the end-of-sequence or padding token that is needed.
+    `InputError` for a tokenizer that lacks the end-of-sequence or padding token that is needed, and for a token that
+    the model of the `vocabulary` has no row for.
     """
+    vocabulary = vocabulary or Vocabulary(tokenizer)
     if task.kind == "text2text" and family == "encoder":
         raise UsageError(
             f"--task {task.name}: an encoder cannot write text", hint="name a causal or an encoder-decoder model"
@@ -64,33 +76,30 @@ def encode(examples: Examples, task: Task, tokenizer: Any, *, max_length: int, f
     if max_length <= reserved + pair:
         raise UsageError(f"--max-length {max_length}: the tokenizer alone adds {reserved} special tokens")
     if task.kind == "text2text" and family == "causal":
-        return _causal(examples, tokenizer, max_length)
+        made = _causal(examples, tokenizer, max_length)
+        _check_ids(made.features, examples, vocabulary)
+        return made
 
     ends_with_eos = family == "seq2seq" and reserved == 0
-    rows, truncated = _sequences(tokenizer, examples.texts, examples.pairs, max_length, ends_with_eos)
+    rows, truncated = _sequences(vocabulary, examples.texts, examples.pairs, max_length, ends_with_eos)
     labels: Sequence[Any] | None = examples.labels
     if labels is not None and task.kind == "text2text":
-        targets, cut = _sequences(tokenizer, [str(label) for label in labels], None, max_length, ends_with_eos, True)
+        targets, cut = _sequences(vocabulary, [str(label) for label in labels], None, max_length, ends_with_eos, True)
         labels = [target["input_ids"] for target in targets]
         truncated |= cut
     if labels is not None:
         for row, label in zip(rows, labels, strict=True):
             row["labels"] = label
+    _check_ids(rows, examples, vocabulary)
     return Encoded(rows, len(truncated))
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The id that pads, for `collate` and for the model's `config.pad_token_id`: the tokenizer's own, else eos.
-
-    GPT-2 and Llama come without one; their padding carries attention 0. Raises `InputError` where both are missing.
-    """
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    raise InputError(
-        f"the tokenizer ({type(tokenizer).__name__}) has neither a padding nor an end-of-sequence token",
-        hint="set pad_token in its tokenizer_config.json",
-    )
+def _check_ids(features: Sequence[Mapping[str, Any]], examples: Examples, vocabulary: Vocabulary) -> None:
+    for feature, line in zip(features, examples.lines, strict=False):
+        where = f"{examples.source}: line {line}"
+        vocabulary.check(feature["input_ids"], where)
+        if isinstance(feature.get("labels"), list):
+            vocabulary.check([label for label in feature["labels"] if label != IGNORE], where, written=True)
 
 
 def collate(
@@ -118,14 +127,17 @@ def collate(
     return batch
 
 
-def lm_windows(text: str, tokenizer: Any, max_length: int, *, masked: bool = False) -> Windows:
+def lm_windows(
+    text: str, tokenizer: Any, max_length: int, *, masked: bool = False, vocabulary: Vocabulary | None = None
+) -> Windows:
     """Non-overlapping windows of at most `max_length` tokens, the last partial one kept.
 
     A causal text is tokenised as one whole, special tokens as the tokenizer adds them to the whole (Llama: one bos at
     the beginning), and cut; for a masked model every window stands between special tokens of its own, which count in
     `max_length`. Words are whitespace tokens and one per line, as published word perplexities count.
 
-    Raises `UsageError` for a `max_length` without room for a prediction, and `InputError` for a text without tokens.
+    Raises `UsageError` for a `max_length` without room for a prediction, and `InputError` for a text without tokens,
+    or with one that the model of the `vocabulary` has no row for.
     """
     before, after = _surroundings(tokenizer)
     room = max_length - len(before) - len(after) if masked else max_length
@@ -138,6 +150,9 @@ def lm_windows(text: str, tokenizer: Any, max_length: int, *, masked: bool = Fal
     windows = [stream[start : start + room] for start in range(0, len(stream), room)]
     if masked:
         windows = [before + window + after for window in windows]
+    if vocabulary is not None:
+        vocabulary.check([*before, *tokens, *after], "the text")
+        vocabulary.check(tokens, "the text", written=True)
     lines = text.count("\n") + (not text.endswith("\n"))
     return Windows(windows, len(tokens), len(text.split()) + lines)
 
@@ -146,7 +161,7 @@ def lm_windows(text: str, tokenizer: Any, max_length: int, *, masked: bool = Fal
 
 
 def _sequences(
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     texts: Sequence[str],
     pairs: Sequence[str] | None,
     max_length: int,
@@ -154,6 +169,7 @@ def _sequences(
     target: bool = False,
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """One feature per text or pair, and the indices of those that were cut."""
+    tokenizer = vocabulary.tokenizer
     room = max_length - ends_with_eos
     rows = _features(tokenizer, texts, pairs, target)
     # Tokenised twice only where it is too long: that is what tells how many are, for every kind of tokenizer.
@@ -168,11 +184,14 @@ def _sequences(
     eos = _eos(tokenizer) if ends_with_eos else None
     for row in rows:
         if eos is not None or not row["input_ids"]:
-            row["input_ids"].append(pad_id(tokenizer) if eos is None else eos)
+            row["input_ids"].append(vocabulary.pad if eos is None else eos)
             row["attention_mask"].append(1)
             if "token_type_ids" in row:
                 row["token_type_ids"].append(0)
     return rows, set(long)
+
+
+_FAILS, _FAILS_HINT = "the tokenizer ({}) cannot read the text", "restore its files, or name another with --tokenizer"
 
 
 def _features(
@@ -180,7 +199,8 @@ def _features(
 ) -> list[dict[str, Any]]:
     text = "text_target" if target else "text"
     inputs = {text: list(texts)} if pairs is None else {text: list(texts), "text_pair": list(pairs)}
-    made = tokenizer(**inputs, return_attention_mask=True, verbose=False, **truncation)
+    with foreign(_FAILS.format(type(tokenizer).__name__), hint=_FAILS_HINT):
+        made = tokenizer(**inputs, return_attention_mask=True, verbose=False, **truncation)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in made]
     return [dict(zip(keys, values, strict=True)) for values in zip(*(made[key] for key in keys), strict=True)]
 
@@ -235,7 +255,8 @@ def _eos(tokenizer: Any) -> int:
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     """Token ids without special tokens, and without the advice about sequences longer than the model's maximum."""
-    made = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    with foreign(_FAILS.format(type(tokenizer).__name__), hint=_FAILS_HINT):
+        made = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(made["input_ids"])
 
 

@@ -1,13 +1,16 @@
-"""Load the model class that a task needs from a checkpoint, and its tokenizer."""
+"""Load the model class that a task needs from a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mpocli.errors import InputError
+from mpocli.hf.config import class_name
+from mpocli.hf.loading import load
 from mpocli.train.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ def family_of(task: Task, config: PretrainedConfig) -> Family:
         return "encoder"
     from transformers.models.auto import modeling_auto as auto
 
-    name = (getattr(config, "architectures", None) or [""])[0] or ""
+    name = class_name(config)
     kind = config.model_type
     if config.is_encoder_decoder:
         family: Family = "seq2seq"
@@ -61,7 +64,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in float32. A head that the checkpoint lacks is drawn from torch's generator.
 
-    Raises `InputError` where the checkpoint has a classification head for another number of classes.
+    A head of another kind of task that has the same name and another shape makes way for a new one. Raises `InputError`
+    where the checkpoint has a classification head for another number of classes.
     """
     import transformers as tf
 
@@ -80,22 +84,30 @@ def load_model(
         if label_names:
             options["id2label"] = dict(enumerate(label_names))
             options["label2id"] = {name: index for index, name in enumerate(label_names)}
-    try:
-        model: PreTrainedModel = auto.from_pretrained(directory, **options)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"{directory}: does not load as {auto.__name__.removeprefix('AutoModelFor')} ({line.strip()[:200]})",
-            hint="choose a --task that the model can do",
-        ) from error
+    hint = "choose a --task that the model can do"
+    if family != "encoder" or class_name(config).endswith(_CLASSIFIER):
+        model: PreTrainedModel = load(auto, directory, hint=hint, **options)
+        return model
+    # The head of another task may have this one's name: it makes way, and nothing else does.
+    model, found = load(auto, directory, hint=hint, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+    for name, stored, expected in sorted(found["mismatched_keys"], key=str):
+        if name.startswith(f"{model.base_model_prefix}."):
+            raise InputError(
+                f"{directory}: tensor {name} is {_by(stored)}, config.json implies {_by(expected)}",
+                hint="config.json and the weights belong to different models",
+            )
     return model
 
 
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def _check_head(config: PretrainedConfig, task: Task, count: int) -> None:
-    name = (getattr(config, "architectures", None) or [""])[0] or ""
-    if name.endswith("ForSequenceClassification") and config.num_labels != count:
+    if class_name(config).endswith(_CLASSIFIER) and config.num_labels != count:
         raise InputError(
             f"the checkpoint's head has {config.num_labels} classes, task {task.name} has {count}",
             hint="start from the body, or from a checkpoint of the same task",
@@ -105,21 +117,3 @@ def _check_head(config: PretrainedConfig, task: Task, count: int) -> None:
 def vocabulary_of(config: PretrainedConfig) -> int:
     """How many tokens a model tells apart; 1 where its configuration says nothing of a vocabulary."""
     return int(getattr(config.get_text_config(), "vocab_size", None) or 1)
-
-
-def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, or the one of another model; `InputError` where there is none."""
-    from transformers import AutoTokenizer
-
-    source = name or directory
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers' own code on a user's files: anything can come out of it
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"{source}: no tokenizer that can be used ({line.strip()[:160]})", hint="name another with --tokenizer"
-        ) from error
-    # Where no file is, transformers makes one of special tokens (and of T5's kind one that knows a space).
-    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
-        raise InputError(f"{source}: no tokenizer, or one without words", hint="name another with --tokenizer")
-    return tokenizer

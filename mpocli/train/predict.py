@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.hf.foreign import foreign
 from mpocli.nn.logits import rows_at_once, slices
-from mpocli.train.encode import IGNORE, Windows, collate, pad_id
+from mpocli.train.encode import IGNORE, Windows, collate
 from mpocli.train.metrics import compute, language_modelling, perplexity
 from mpocli.train.models import Family, vocabulary_of
 from mpocli.train.tasks import Task
+from mpocli.train.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +65,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 @torch.no_grad()
 def run_examples(
     model: PreTrainedModel,
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     features: Sequence[dict[str, Any]],
     task: Task,
     *,
@@ -76,9 +78,9 @@ def run_examples(
     order, outputs = _by_length(features), []
     with _evaluating(model):
         for batch in _batches(order, batch_size):
-            inputs = collate([_inputs(features[i]) for i in batch], pad_id(tokenizer))
+            inputs = collate([_inputs(features[i]) for i in batch], vocabulary.pad)
             with autocast(model.device, precision):
-                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model.device)
+                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model)
             outputs.append(logits.float().cpu())
             if progress:
                 progress(len(run.sizes), -(-len(order) // batch_size))
@@ -94,7 +96,7 @@ def run_examples(
 @torch.no_grad()
 def run_generation(
     model: PreTrainedModel,
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     features: Sequence[dict[str, Any]],
     *,
     family: Family,
@@ -107,7 +109,7 @@ def run_generation(
     run = Run(samples=len(features))
     order = _by_length(features)
     texts: dict[int, str] = {}
-    pad = pad_id(tokenizer)
+    pad = vocabulary.pad
     with _evaluating(model):
         for batch in _batches(order, batch_size):
             side: Any = "left" if family == "causal" else "right"
@@ -115,10 +117,10 @@ def run_generation(
             inputs.pop("token_type_ids", None)
             length = inputs["input_ids"].shape[1] if family == "causal" else 0
             with autocast(model.device, precision):
-                made = _timed(run, inputs, lambda moved: _generate(model, moved, pad, max_new_tokens), model.device)
+                made = _timed(run, inputs, lambda moved: _generate(model, moved, pad, max_new_tokens), model)
             run.sizes[-1] = int((made[:, length:] != pad).sum())  # what was written, not what was read
             for i, row in zip(batch, made[:, length:].tolist(), strict=True):
-                texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                texts[i] = vocabulary.tokenizer.decode(row, skip_special_tokens=True).strip()
             if progress:
                 progress(len(run.sizes), -(-len(order) // batch_size))
     run.texts = [texts[i] for i in range(len(features))]
@@ -134,7 +136,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], pad: int, max_new_tokens: i
 
 def run_windows(
     model: PreTrainedModel,
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     windows: Windows,
     family: Family,
     *,
@@ -145,7 +147,7 @@ def run_windows(
     """Sum −ln p over the tokens of a text: every next one for a causal model, a seeded 15 % for a masked one."""
     run = Run(samples=len(windows.ids), words=windows.words)
     for logits, targets in window_logits(
-        model, tokenizer, windows, family, run, batch_size=batch_size, precision=precision, progress=progress
+        model, vocabulary, windows, family, run, batch_size=batch_size, precision=precision, progress=progress
     ):
         run.nll += float(F.cross_entropy(logits, targets, reduction="sum").double())
         run.tokens += len(targets)
@@ -155,25 +157,26 @@ def run_windows(
 @torch.no_grad()
 def window_logits(
     model: PreTrainedModel,
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     windows: Windows,
     family: Family,
     run: Run,
     *,
     batch_size: int = 8,
     precision: str = "fp32",
-    vocabulary: int | None = None,
+    width: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a model predicts of a text part by part: logits (tokens, V) in float32 and the tokens that stand there.
 
     Batches are as large as `batch_size` and a limit of logits allow, and so are the parts. For models of the same
-    `vocabulary`, or that are told the larger one, all parts have the same tokens. `run` is told the times.
+    number of logits, or that are told the larger one as `width`, all parts have the same tokens. `run` is told the
+    times.
     """
-    pad = pad_id(tokenizer)
+    pad = vocabulary.pad
     longest = max(len(ids) for ids in windows.ids)
-    vocabulary = vocabulary or vocabulary_of(model.config)
-    batch_size = rows_at_once(batch_size, longest, vocabulary)
+    width = width or vocabulary_of(model.config)
+    batch_size = rows_at_once(batch_size, longest, width)
     with _evaluating(model):
         for start in range(0, len(windows.ids), batch_size):
             ids = windows.ids[start : start + batch_size]
@@ -181,21 +184,23 @@ def window_logits(
             inputs = collate(features, pad)
             if family == "masked":
                 seeds = range(_MASK_SEED + start, _MASK_SEED + start + len(ids))
-                targets = mask_tokens(inputs, tokenizer, seeds, always=True)
+                targets = mask_tokens(inputs, vocabulary, seeds, always=True)
             else:
                 targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)[:, 1:]
             with autocast(model.device, precision):
-                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model.device)
+                logits = _timed(run, inputs, lambda moved: model(**moved).logits, model)
             logits = logits if family == "masked" else logits[:, :-1]
             places = (targets != IGNORE).nonzero()  # none in a window of one token, which predicts nothing
-            for part in slices(len(places), vocabulary):
+            for part in slices(len(places), width):
                 row, place = places[part].unbind(1)
                 yield logits[row, place].float(), targets[row, place].to(logits.device)
             if progress:
                 progress(len(run.sizes), -(-len(windows.ids) // batch_size))
 
 
-def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int], *, always: bool = False) -> Tensor:
+def mask_tokens(
+    inputs: dict[str, Tensor], vocabulary: Vocabulary, seeds: Sequence[int], *, always: bool = False
+) -> Tensor:
     """Hide 15 % of a batch's tokens in place, at least one a row; returns the labels, −100 elsewhere.
 
     Of the chosen ones 80 % become the mask token, 10 % a random one and 10 % stay (Devlin et al., 2019); `always`
@@ -204,7 +209,7 @@ def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int],
     """
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, IGNORE)
-    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    special = torch.tensor(sorted(vocabulary.tokenizer.all_special_ids))
     for row, (seed, length) in enumerate(zip(seeds, inputs["attention_mask"].sum(1).tolist(), strict=True)):
         generator = torch.Generator().manual_seed(seed)
         tokens = ids[row, :length]
@@ -213,9 +218,9 @@ def mask_tokens(inputs: dict[str, Tensor], tokenizer: Any, seeds: Sequence[int],
         labels[row, :length] = tokens.masked_fill(~chosen, IGNORE)
         how, drawn = (
             torch.rand(length, generator=generator),
-            torch.randint(len(tokenizer), (length,), generator=generator),
+            torch.randint(vocabulary.size, (length,), generator=generator),
         )
-        tokens[chosen if always else chosen & (how < 0.8)] = tokenizer.mask_token_id
+        tokens[chosen if always else chosen & (how < 0.8)] = vocabulary.mask
         if not always:
             random = chosen & (how >= 0.9)
             tokens[random] = drawn[random]
@@ -250,12 +255,14 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _timed(
-    run: Run, inputs: dict[str, Tensor], call: Callable[[dict[str, Tensor]], Tensor], device: torch.device
+    run: Run, inputs: dict[str, Tensor], call: Callable[[dict[str, Tensor]], Tensor], model: PreTrainedModel
 ) -> Tensor:
+    device = model.device
     moved = {key: value.to(device) for key, value in inputs.items()}
     run.sizes.append(int(inputs["attention_mask"].sum()))
     started = time.perf_counter()
-    result = call(moved)
+    with foreign(f"a {type(model).__name__} cannot be run on this data", hint="choose another --task or --max-length"):
+        result = call(moved)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     run.seconds.append(time.perf_counter() - started)

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from mpocli.errors import InputError, UsageError
 from mpocli.train import encode as module
 from mpocli.train.data import Examples
-from mpocli.train.encode import IGNORE, SEPARATOR, collate, encode, lm_windows, pad_id
+from mpocli.train.encode import IGNORE, SEPARATOR, collate, encode, lm_windows
 from mpocli.train.tasks import task_named
+from mpocli.train.vocabulary import Vocabulary
 
 SST2, RTE, STSB, E2E = (task_named(name) for name in ("sst2", "rte", "stsb", "e2e"))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -242,11 +243,11 @@ def padded(rows: list[list[int]], fill: int, length: int, left: bool = False) ->
 
 
 def test_the_pad_id_is_the_tokenizers_own_else_eos_else_an_error() -> None:
-    assert pad_id(bert()) == bert().pad_token_id == 0
+    assert Vocabulary(bert()).pad == bert().pad_token_id == 0
     assert gpt2().pad_token_id is None
-    assert pad_id(gpt2()) == gpt2().eos_token_id
+    assert Vocabulary(gpt2()).pad == gpt2().eos_token_id
     with pytest.raises(InputError, match="neither"):
-        pad_id(PreTrainedTokenizerFast(tokenizer_object=_bpe()))
+        _ = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=_bpe())).pad
 
 
 @pytest.mark.parametrize(("multiple", "length"), [(None, 5), (1, 5), (5, 5), (8, 8)])
@@ -275,7 +276,7 @@ def test_class_labels_are_int64_and_scores_float32() -> None:
 def test_target_tokens_are_padded_to_their_own_length_with_what_the_loss_ignores() -> None:
     rows = examples(["the mill is", "a"], ["a", "a cheap pub near the river"])
     made = encode(rows, E2E, gpt2(), max_length=32, family="seq2seq")
-    batch = collate(made.features, pad_id(gpt2()))
+    batch = collate(made.features, Vocabulary(gpt2()).pad)
     targets = [feature["labels"] for feature in made.features]
     np.testing.assert_array_equal(batch["labels"], padded(targets, IGNORE, max(map(len, targets))))
     assert batch["labels"].shape != batch["input_ids"].shape

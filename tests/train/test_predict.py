@@ -19,6 +19,7 @@ from mpocli.train.encode import IGNORE, collate
 from mpocli.train.predict import mask_tokens
 from mpocli.train.segment import ByLength, Optimisation, Schedule, SegmentTrainer, check_report_to
 from mpocli.train.updates import set_update
+from mpocli.train.vocabulary import Vocabulary
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{k}" for k in range(40))]
 CLASSES = ("contradiction", "neutral", "entailment")  # roberta-large-mnli's order, not GLUE's
@@ -96,10 +97,10 @@ def _features(count: int) -> list[dict[str, object]]:
 def test_a_row_s_mask_is_the_same_in_every_batch() -> None:
     features = _features(12)
     together = collate(features, 0)
-    labels = mask_tokens(together, tokenizer(), range(100, 112))
+    labels = mask_tokens(together, Vocabulary(tokenizer()), range(100, 112))
     for k, feature in enumerate(features):
         alone = collate([feature], 0)
-        own = mask_tokens(alone, tokenizer(), [100 + k])[0]
+        own = mask_tokens(alone, Vocabulary(tokenizer()), [100 + k])[0]
         length = len(feature["input_ids"])  # type: ignore[arg-type]
         assert torch.equal(own, labels[k, :length])
         assert torch.equal(alone["input_ids"][0], together["input_ids"][k, :length])
@@ -110,7 +111,7 @@ def test_masks_hide_15_percent_at_least_one_and_never_special_tokens() -> None:
     ids = [2, *([7] * 400), 3]
     features = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for _ in range(50)]
     batch = collate(features, 0)
-    labels = mask_tokens(batch, tokenizer(), range(50))
+    labels = mask_tokens(batch, Vocabulary(tokenizer()), range(50))
     asked = labels != IGNORE
     assert 0.14 < float(asked[:, 1:-1].float().mean()) < 0.16
     assert not bool(asked[:, 0].any() or asked[:, -1].any())
@@ -118,11 +119,11 @@ def test_masks_hide_15_percent_at_least_one_and_never_special_tokens() -> None:
     assert 0.78 < float((hidden == 4).float().mean()) < 0.82
     assert 0.08 < float((hidden == 7).float().mean()) < 0.13  # 10 % stay, and a random one may hit
     short = collate([{"input_ids": [2, 9, 3], "attention_mask": [1] * 3}], 0)
-    assert mask_tokens(short, tokenizer(), [0]).tolist() == [[IGNORE, 9, IGNORE]]
+    assert mask_tokens(short, Vocabulary(tokenizer()), [0]).tolist() == [[IGNORE, 9, IGNORE]]
 
 
 def test_training_masks_change_with_the_epoch_and_come_back_with_it() -> None:
-    collator = Collator(0, tokenizer(), seed=1)
+    collator = Collator(Vocabulary(tokenizer()), True, seed=1)
     first = collator(_features(8))
     collator.epoch = 1
     second = collator(_features(8))

@@ -1,0 +1,126 @@
+"""Files of a model that nobody vouches for: each kind of nonsense in them is one line and exit 3, never a bug."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from cli import tasks
+from cli.shell import Cli, edited, refused
+
+
+@pytest.fixture
+def model(lab: Path, tmp_path: Path) -> Path:
+    """A copy of a decoder to spoil."""
+    return Path(shutil.copytree(lab / "gpt2", tmp_path / "model"))
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a class that is a number": ({"architectures": 5}, "architectures is 5, a list of class names was expected"),
+    "classes that are none": ({"architectures": [None]}, "architectures is [None]"),
+    "a type that is a list": ({"model_type": ["gpt2"]}, "model_type is ['gpt2']"),
+    "labels that are a list": ({"id2label": ["a"]}, "id2label is ['a']"),
+    "billions of layers": ({"n_layer": 2_000_000_000}, "n_layer is 2,000,000,000"),
+    "billions of labels": ({"num_labels": 2_000_000_000}, "num_labels is 2,000,000,000"),
+    "more layers than files could hold": ({"n_layer": 9_000}, "more than 20,000 parameter tensors"),
+    "a depth below": ({"more": {"num_hidden_layers": 10**30}}, "num_hidden_layers is 1,000,"),
+    "a head size of nothing": ({"n_head": 0}, "config.json"),
+    "a name for a size": ({"n_embd": "[/x]"}, "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_that_no_model_can_have_is_refused_before_it_is_built(
+    case: str, model: Path, cli: Cli, work: Path
+) -> None:
+    change, word = CONFIGS[case]
+    with edited(model / "config.json") as config:
+        config |= change
+    said = refused(cli("inspect", model), 3)
+    assert word in said or "no model can be built" in said, said
+
+
+SIDE = {
+    "generation_config.json": "5",
+    "tokenizer_config.json": "[" * 2_000 + "]" * 2_000,
+    "special_tokens_map.json": '{"pad_token": "\\ud800"}',
+    "added_tokens.json": '["a"]',
+    "tokenizer.json": "null",
+    "adapter_config.json": '{"r": 1e999}',
+}
+
+
+@pytest.mark.parametrize("name", SIDE)
+def test_a_file_beside_the_model_that_is_no_object_is_named(name: str, model: Path, cli: Cli, lab: Path) -> None:
+    (model / name).write_text(SIDE[name])
+    refused(cli("eval", model, "--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16), 3, str(model / name))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("what", ["pipe", "directory", "loop"])
+def test_what_stands_in_a_files_place_is_told(name: str, what: str, model: Path, cli: Cli) -> None:
+    path = model / name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(name)
+    words = {"pipe": "is a pipe", "directory": "is a directory", "loop": "symbolic links"}[what]
+    refused(cli("inspect", model), 3, str(path), words)
+
+
+def test_a_name_too_long_for_the_system_is_a_name_of_nothing(model: Path, cli: Cli, lab: Path) -> None:
+    refused(cli("inspect", "a" * 5000), 3, "File name too long")
+    refused(cli("eval", model, "--task", "lm", "--eval", "/" + "a" * 5000), 3)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{"n" * 5000}"}}}}')
+    assert len(refused(cli("inspect", model), 3, "File name too long")) < 500
+
+
+@pytest.mark.parametrize("fault", [ImportError("needs flash_attn"), AttributeError("no such"), RuntimeError("")])
+def test_whatever_transformers_raises_while_it_loads_is_one_line(
+    fault: Exception, model: Path, cli: Cli, lab: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "_load_pretrained_model", fail)
+    word = str(fault) or type(fault).__name__
+    text = ["--calibrate", lab / "dev.txt", "--seq-len", 16, "--samples", 4]
+    refused(cli("eval", model, "--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16), 3, word, str(model))
+    refused(cli("plan", model, "--ratio", "0.5", *text), 3, word, str(model))
+    refused(cli("sparsify", model, "--method", "wanda", "--sparsity", "0.5", *text), 3, word, str(model))
+    train = ["--train", lab / "train.txt", "--max-length", 16]
+    refused(cli("finetune", model, "--task", "lm", *train), 3, word, str(model))
+
+
+HEARS: dict[str, Callable[[Path], object]] = {
+    "whisper": lambda place: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **{"vocab_size": 64, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 4},
+            **{"encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8},
+            **{"max_source_positions": 8, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1},
+            **{"eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None},
+        )
+    ).save_pretrained(place),
+}
+
+
+@pytest.mark.parametrize("kind", HEARS)
+def test_a_model_that_takes_no_text_cannot_be_calibrated_on_some(
+    kind: str, cli: Cli, lab: Path, work: Path, tmp_path: Path
+) -> None:
+    HEARS[kind](tmp_path / "m")
+    tasks.tokenizer("gpt2").save_pretrained(tmp_path / "m")
+    text = ["--calibrate", lab / "dev.txt", "--seq-len", 16, "--samples", 4]
+    for command in (["decompose", "--ratio", "0.5"], ["sparsify", "--method", "wanda", "--sparsity", "0.5"]):
+        refused(cli(command[0], tmp_path / "m", *command[1:], *text), 3, "input_features", "no text")
+    assert not list(work.iterdir())
