@@ -99,6 +99,11 @@ def training_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
     yield say
 
 
+def warn(line: str) -> None:
+    """What a user should know before the work begins."""
+    err.print(spans((line, "yellow")))
+
+
 def shortened(name: str, width: int = 44) -> str:
     """A module path that fits a column: its end says more than its beginning."""
     return name if len(name) <= width else "…" + name[-(width - 1) :]

@@ -123,13 +123,14 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> FinetuneReport:
     """Fine-tune a directory or hub model into a new directory `out`; returns what the run measured.
 
-    While it lasts, `<out>.training` holds its checkpoints and `metrics.jsonl`; `resume` goes on from the newest.
-    Under `accelerate launch` or torchrun every process calls this, and the first one writes. Raises `InputError`
-    for data or a model that cannot be used, `NumericsError` where training leaves the finite numbers (the last good
-    checkpoint stays), `UsageError` for options that contradict one another.
+    While it lasts, `<out>.training` holds its checkpoints and `metrics.jsonl`; `resume` goes on from the newest. `warn`
+    is told of a head that begins at random. Under `accelerate launch` or torchrun every process calls this, and the
+    first one writes. Raises `InputError` for data or a model that cannot be used, `NumericsError` where training leaves
+    the finite numbers (the last good checkpoint stays), `UsageError` for options that contradict one another.
     """
     started = time.perf_counter()
     begun = begin(model, config, out, overwrite=overwrite, resume=resume)
@@ -142,7 +143,8 @@ def run(
     schedule, steps = learning_schedule(config, len(data.train), state.num_processes)
 
     set_seed(config.optimisation.seed)
-    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
+    new: list[str] = []
+    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code, warn=new.append)
     routing = apply_routing(student, config.routing)
     update = config.update or ("auxiliary" if checkpoint.is_mpo and routing is None else "all")
     set_update(student, update)
@@ -168,6 +170,8 @@ def run(
     ):
         state.wait_for_everyone()
         tells = progress if state.is_main_process else None
+        for line in new if state.is_main_process else ():
+            warn(line)
         if tells and data.eval:
             tells(0, steps, "evaluating")
         before = on_first(lambda: evaluate(student, data, config.data))
@@ -334,6 +338,7 @@ def run_seeds(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[FinetuneReport, ...]:
     """One run a seed, in `out/seed-<k>`. Finished ones are not run again by `resume`."""
     places = {seed: out / f"seed-{seed}" for seed in seeds}
@@ -352,7 +357,9 @@ def run_seeds(
             continue
         one = replace(config, optimisation=replace(config.optimisation, seed=seed))
         begun = training_directory(place).exists()
-        reports.append(run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress))
+        reports.append(
+            run(model, one, place, overwrite=overwrite, resume=resume and begun, progress=progress, warn=warn)
+        )
         if reports[-1].is_writer:
             record = OutputFile("--seeds", finished[seed], overwrite=True)
             record.write_text(json.dumps(asdict(reports[-1])))

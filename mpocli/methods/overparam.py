@@ -318,7 +318,8 @@ def _static_scores(run: Run, options: Overparam, groups: Mapping[str, Sequence[s
             )
         copy, steps = load_student(found, run.data, trust_remote_code=run.trust_remote_code), 0
     else:
-        copy = load_student(run.checkpoint, run.data, trust_remote_code=run.trust_remote_code)
+        # What is new in it was told of when the model itself was loaded.
+        copy = load_student(run.checkpoint, run.data, trust_remote_code=run.trust_remote_code, warn=lambda line: None)
         steps = options.score_steps if options.score_steps is not None else max(1, run.steps // 4)
         chosen, directory = run.optimisation, run.directory / _SCORING
         trainer = SegmentTrainer(

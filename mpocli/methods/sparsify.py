@@ -79,6 +79,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> SparsifyReport:
     """Write a sparse checkpoint to a new directory `out`.
 
@@ -92,7 +93,7 @@ def run(
         begun = begin(model, config, out, overwrite=overwrite, resume=resume)
         checkpoint = begun.checkpoint
         targets, kept = plan(checkpoint, config)
-        trained = sparsify_train.run(begun, config, targets, out, progress=progress)
+        trained = sparsify_train.run(begun, config, targets, out, progress=progress, warn=warn)
         done = _report(str(out), config, checkpoint, trained.tensors, tuple(kept), trained.totals)
         return replace(
             done,

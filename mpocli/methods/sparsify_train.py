@@ -55,7 +55,13 @@ class Trained:
 
 
 def run(
-    begun: Begun, config: SparsifyConfig, targets: Sequence[Target], out: Path, *, progress: Progress | None = None
+    begun: Begun,
+    config: SparsifyConfig,
+    targets: Sequence[Target],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Train with masks whose sparsity follows the schedule, make the masked weights the weights, and write them."""
     checkpoint, state, training = begun.checkpoint, begun.state, begun.training
@@ -65,7 +71,8 @@ def run(
     data = prepare(checkpoint, options, needs_train=True)
     learning, steps = learning_schedule(config, len(data.train), state.num_processes)
     set_seed(seed)
-    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code)
+    new: list[str] = []
+    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code, warn=new.append)
     teacher = distillation_of(config, data, checkpoint)
     dense = sum(parameter.numel() for parameter in student.parameters())
     sparse_before = sparse_encodings(student)
@@ -79,6 +86,8 @@ def run(
     ):
         state.wait_for_everyone()
         tells = progress if state.is_main_process else None
+        for line in new if state.is_main_process else ():
+            warn(line)
         if tells and data.eval:
             tells(0, steps, "evaluating")
         before = on_first(lambda: evaluate(student, data, options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
 from mpocli.methods.task_data import TaskData
-from mpocli.train.models import load_model
+from mpocli.train.models import listed, load_model
 from mpocli.train.segment import Optimisation, Schedule
 from mpocli.train.updates import roles
 
@@ -29,8 +29,22 @@ class Trains(Protocol):
     def steps(self) -> int | None: ...
 
 
-def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: bool) -> Any:
-    """The model that a task trains, in float32, with a padding token. What is sparse in it stays so."""
+def load_student(
+    checkpoint: Checkpoint,
+    data: TaskData,
+    *,
+    trust_remote_code: bool,
+    warn: Callable[[str], None] | None = None,
+) -> Any:
+    """The model that a task trains, in float32, with a padding token. What is sparse in it stays so.
+
+    `warn` is told of a head that begins at random; without it a checkpoint that lacks one is an `InputError`.
+    """
+
+    def say(names: list[str]) -> None:
+        assert warn is not None
+        warn(f"new for task {data.task.name}, and random at first: {listed(names)}")
+
     model = load_model(
         checkpoint.source.directory,
         checkpoint.config,
@@ -38,6 +52,7 @@ def load_student(checkpoint: Checkpoint, data: TaskData, *, trust_remote_code: b
         data.family,
         data.label_names,
         trust_remote_code=trust_remote_code,
+        on_new=say if warn else None,
     )
     if not data.vocabulary.knows(model.config.pad_token_id):
         model.config.pad_token_id = data.pad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,11 +61,14 @@ def load_model(
     label_names: tuple[str, ...],
     *,
     trust_remote_code: bool = False,
+    on_new: Callable[[list[str]], None] | None = None,
 ) -> PreTrainedModel:
-    """The model in float32. A head that the checkpoint lacks is drawn from torch's generator.
+    """The model in float32. What the checkpoint lacks of it (a head) is drawn from torch's generator, if `on_new` is
+    there to be told the names.
 
     A head of another kind of task that has the same name and another shape makes way for a new one. Raises `InputError`
-    where the checkpoint has a classification head for another number of classes.
+    where the checkpoint has a classification head for another number of classes, and without `on_new` for one that
+    lacks something: what was never trained can only guess.
     """
     import transformers as tf
 
@@ -85,18 +88,36 @@ def load_model(
             options["id2label"] = dict(enumerate(label_names))
             options["label2id"] = {name: index for index, name in enumerate(label_names)}
     hint = "choose a --task that the model can do"
-    if family != "encoder" or class_name(config).endswith(_CLASSIFIER):
-        model: PreTrainedModel = load(auto, directory, hint=hint, **options)
-        return model
     # The head of another task may have this one's name: it makes way, and nothing else does.
-    model, found = load(auto, directory, hint=hint, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+    makes_way = family == "encoder" and not class_name(config).endswith(_CLASSIFIER)
+    options |= {"output_loading_info": True, **({"ignore_mismatched_sizes": True} if makes_way else {})}
+    model, found = load(auto, directory, hint=hint, **options)
     for name, stored, expected in sorted(found["mismatched_keys"], key=str):
         if name.startswith(f"{model.base_model_prefix}."):
             raise InputError(
                 f"{directory}: tensor {name} is {_by(stored)}, config.json implies {_by(expected)}",
                 hint="config.json and the weights belong to different models",
             )
-    return model
+    learnt = dict(model.named_parameters(remove_duplicate=False))
+    without = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    new = sorted(name for name in without if name in learnt)
+    if new and on_new is None:
+        raise InputError(
+            f"{directory}: has no {listed(new)}, which task {task.name} needs", hint="run mpocli finetune first"
+        )
+    if new and on_new is not None:
+        on_new(new)
+    made: PreTrainedModel = model
+    return made
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of them.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a, b and 2 more'
+    """
+    return ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 _CLASSIFIER = "ForSequenceClassification"

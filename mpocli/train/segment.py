@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,13 +280,35 @@ def _save_steps(steps: int, log_steps: int) -> int:
 
 
 def check_report_to(names: Sequence[str]) -> None:
-    """`UsageError` for a `--report-to` that the Trainer does not know or that is not installed."""
-    from transformers.integrations import get_reporting_integration_callbacks
+    """`UsageError` for a `--report-to` that the Trainer does not know or that is not installed.
 
+    Whether it is only its own constructor knows, which otherwise would be called after the first evaluation.
+    """
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    asked = get_available_reporting_integrations() if "all" in names else [name for name in names if name != "none"]
+    problem = ""
+    for name in asked:
+        with warnings.catch_warnings(), _unraisable_ignored():
+            warnings.simplefilter("ignore")
+            try:
+                for callback in get_reporting_integration_callbacks([name]):
+                    callback()
+            except Exception as error:  # a reporter's own code: anything can come out of it
+                problem = str(error).strip() or type(error).__name__
+            if problem:  # out of the handler, so that what was half made is gone
+                raise UsageError(f"--report-to {name}: {problem.splitlines()[0]}", hint="leave it out, or install it")
+
+
+@contextmanager
+def _unraisable_ignored() -> Iterator[None]:
+    """Some reporters, half made, fail once more on being deleted, and Python would say so."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     try:
-        get_reporting_integration_callbacks(list(names))
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--report-to {','.join(names)}: {str(error).splitlines()[0]}") from error
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]

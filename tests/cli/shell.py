@@ -45,15 +45,18 @@ def succeeded(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def refused(outcome: Outcome, code: int, *words: str) -> str:
+def refused(outcome: Outcome, code: int, *words: str, told: str = "") -> str:
     """Exactly one `error:` line and at most one `try:` line on stderr, nothing else anywhere. Returns the text.
 
-    `words` must all be in it. Blank lines are the business of one test, not of every one.
+    `words` must all be in it. `told` is in the one line of notice before it, where the work had begun. Blank lines are
+    the business of one test, not of every one.
     """
     assert "Traceback" not in outcome.err, outcome.err
     assert outcome.code == code, (outcome.code, outcome.err)
     assert outcome.out == ""
     lines = [line for line in outcome.err.splitlines() if line]
+    if told:
+        assert told in lines.pop(0), outcome.err
     assert lines and lines[0].startswith("error: "), outcome.err
     assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("  try: ")), outcome.err
     assert all(len(line) > len("  try: ") for line in lines)

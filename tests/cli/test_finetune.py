@@ -244,6 +244,27 @@ def test_what_cannot_be_used_is_one_line_and_writes_nothing(
     assert tree(work) == {}
 
 
+def test_a_head_that_begins_at_random_is_named(cli: Cli, lab: Path, work: Path) -> None:
+    """Of a classifier and of a language model; one that the checkpoint has is not, nor can it be measured untrained."""
+    text = ["--task", "lm", "--train", lab / "train.txt", "--max-length", 32, "--steps", 1, "--device", "cpu"]
+    said = {
+        name: succeeded(cli("finetune", lab / model, *options, "-o", name)).err
+        for name, model, options in (
+            ("classifier", "mpo", sst2(lab, "--steps", 1)),
+            ("speaker", "mpo", text),
+            ("masked", "masked", text),
+        )
+    }
+    assert "new for task sst2" in said["classifier"] and "classifier.weight" in said["classifier"]
+    assert "new for task lm" in said["speaker"] and "cls.predictions" in said["speaker"]
+    assert (
+        "new for" not in said["masked"]
+        and "new for" not in succeeded(cli("finetune", "classifier", *sst2(lab, "--steps", 1), "-o", "again")).err
+    )
+    measured = cli("eval", lab / "mpo", "--task", "lm", "--eval", lab / "dev.txt", "--max-length", 32)
+    refused(measured, 3, "cls.predictions", "mpocli finetune")
+
+
 def test_an_output_that_exists_is_refused_and_kept(cli: Cli, train: Train, lab: Path, work: Path) -> None:
     train("mpo", "out", "--steps", 2)
     before = tree(work)
@@ -278,7 +299,9 @@ def test_a_loss_that_is_no_number_is_exit_4_and_leaves_a_checkpoint_to_use(
     cli: Cli, train: Train, lab: Path, work: Path
 ) -> None:
     arguments = ["finetune", lab / "mpo", *sst2(lab, "--clip", 1e9, "--save-steps", 1), "-o", "out"]
-    said = refused(cli(*arguments, "--lr", 1e30), 4, "loss is", "out.training/checkpoint-1", "--lr")
+    said = refused(
+        cli(*arguments, "--lr", 1e30), 4, "loss is", "out.training/checkpoint-1", "--lr", told="new for task sst2"
+    )
     assert not (work / "out.training" / "checkpoint-2").exists()  # whose weights gave that loss
     assert not (work / "out").exists()
     kept = Path(said.partition("weights are ")[2].strip())
@@ -291,7 +314,7 @@ def test_a_loss_that_is_no_number_is_exit_4_and_leaves_a_checkpoint_to_use(
 
 
 def test_a_loss_that_is_no_number_before_any_checkpoint_leaves_nothing(cli: Cli, lab: Path, work: Path) -> None:
-    refused(cli("finetune", lab / "mpo", *sst2(lab), "--lr", 1e30, "-o", "out"), 4, "--lr")
+    refused(cli("finetune", lab / "mpo", *sst2(lab), "--lr", 1e30, "-o", "out"), 4, "--lr", told="new for task sst2")
     assert tree(work) == {}
 
 
@@ -301,7 +324,14 @@ def test_a_full_disk_at_a_checkpoint_is_exit_3(
 ) -> None:
     arguments = ["finetune", lab / "mpo", *sst2(lab, "--save-steps", 5, "--update", "all"), "-o", "out"]
     ended = trainer.run(*arguments, cwd=work, log=tmp_path / "log", limit=limit)
-    refused(Outcome(ended.code, ended.out, ended.err), 3, "out.training", "cannot be written", "free some space")
+    refused(
+        Outcome(ended.code, ended.out, ended.err),
+        3,
+        "out.training",
+        "cannot be written",
+        "free some space",
+        told="new for task sst2",
+    )
     assert tree(work) == {}
 
 
@@ -312,14 +342,16 @@ def test_a_full_disk_at_the_end_is_exit_3_and_can_be_resumed(
     original = tf.PreTrainedModel.save_pretrained
 
     def save(model: Any, directory: Any, **options: Any) -> None:
-        if ".partial-" in str(directory):
+        if ".training" not in str(directory):
             (Path(directory) / "half").write_text("written")
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         original(model, directory, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(tf.PreTrainedModel, "save_pretrained", save)
-        refused(cli("finetune", lab / "mpo", *sst2(lab), "-o", "out"), 3, "out", "No space left")
+        refused(
+            cli("finetune", lab / "mpo", *sst2(lab), "-o", "out"), 3, "out", "No space left", told="new for task sst2"
+        )
     assert [path.name for path in work.iterdir()] == ["out.training"]
     resumed = train("mpo", "out", "--resume")
     assert resumed["resumed_from"] == 12

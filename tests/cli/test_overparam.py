@@ -156,9 +156,8 @@ def test_scores_from_a_fine_tuned_model_cost_no_steps(
     train("tuned")
     report = train("out", "--overparam", "static", "--top-n", 1, "--score-from", work / "tuned")
     assert report["overparam"]["score_steps"] == 0 and len(tasks.logged(work / "out")) == 12
-    refused(
-        cli("finetune", body, *sst2(lab, "--overparam", "static", "--score-from", body), "-o", "no"), 3, "--score-from"
-    )
+    untrained = cli("finetune", body, *sst2(lab, "--overparam", "static", "--score-from", body), "-o", "no")
+    refused(untrained, 3, "--score-from", told="new for task sst2")
 
 
 @pytest.mark.parametrize("method", ["static", "dynamic", "svd"])

@@ -20,7 +20,7 @@ def test_a_new_head_starts_at_the_mean_and_a_trained_one_does_not(lab: Path, tmp
     mean = sum(scores) / len(scores)
     assert mean > 1
     fresh = Checkpoint.open(str(lab / "body"))
-    model = load_student(fresh, prepare(fresh, data, needs_train=True), trust_remote_code=False)
+    model = load_student(fresh, prepare(fresh, data, needs_train=True), trust_remote_code=False, warn=lambda line: None)
     assert float(model.classifier.bias) == pytest.approx(mean, abs=1e-6)
 
     config = finetune.FinetuneConfig(data, Optimisation(lr=1e-2, batch_size=8), steps=3)

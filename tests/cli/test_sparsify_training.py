@@ -499,9 +499,9 @@ def test_kill_9_and_resume_gives_the_bytes_of_the_uninterrupted_run(
 
 def test_a_loss_that_is_no_number_is_exit_4_and_leaves_no_output(cli: Cli, lab: Path, work: Path) -> None:
     arguments = ["sparsify", lab / "body", *sst2(lab, "--clip", 1e9, "--lr", 1e30), "-o", "out"]
-    refused(cli(*arguments), 4, "--lr")
+    refused(cli(*arguments), 4, "--lr", told="new for task sst2")
     assert tree(work) == {}
-    refused(cli(*arguments, "--save-steps", 1), 4, "out.training/checkpoint-1", "--lr")
+    refused(cli(*arguments, "--save-steps", 1), 4, "out.training/checkpoint-1", "--lr", told="new for task sst2")
     assert [path.name for path in work.iterdir()] == ["out.training"]
 
 
@@ -510,7 +510,14 @@ def test_a_full_disk_at_a_checkpoint_and_at_the_end_is_exit_3(
 ) -> None:
     arguments = ["sparsify", lab / "body", *sst2(lab, "--save-steps", 5), "-o", "out"]
     ended = trainer.run(*arguments, cwd=work, log=tmp_path / "log", limit=60_000)
-    refused(Outcome(ended.code, ended.out, ended.err), 3, "out.training", "cannot be written", "free some space")
+    refused(
+        Outcome(ended.code, ended.out, ended.err),
+        3,
+        "out.training",
+        "cannot be written",
+        "free some space",
+        told="new for task sst2",
+    )
     assert tree(work) == {}
 
 

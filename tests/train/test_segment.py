@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from torch.nn import functional as F
+from transformers.integrations import integration_utils
 
-from mpocli.errors import NumericsError
+from mpocli.errors import NumericsError, UsageError
 from mpocli.methods import decompose
 from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule, logits
@@ -25,6 +28,7 @@ from mpocli.train.segment import (
     Optimisation,
     Schedule,
     SegmentTrainer,
+    check_report_to,
     last_checkpoint,
     train_segment,
 )
@@ -325,3 +329,46 @@ def test_accelerate_s_wrapper_is_gone_after_a_segment_and_the_model_s_own_forwar
         train_segment(trainer(model, tmp_path / str(number), steps=1, optimisation=chosen))
         assert model.forward == own and "_original_forward" not in vars(model)
     assert model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+def _can_be_made(callback: type) -> bool:
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as quiet:
+        warnings.simplefilter("ignore")
+        quiet.setattr(sys, "unraisablehook", lambda _: None)
+        try:
+            callback()
+        except Exception:
+            return False
+    return True
+
+
+def test_a_reporter_that_cannot_be_made_is_one_line_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever: of what transformers knows, and of what is only half there."""
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+
+    class Broken(tf.TrainerCallback):
+        def __init__(self) -> None:
+            raise RuntimeError("Broken requires broken to be installed.\nAnd so on.")
+
+        def __del__(self) -> None:
+            raise AttributeError("half made")
+
+    monkeypatch.setitem(known, "broken", Broken)
+    monkeypatch.setitem(known, "whole", tf.TrainerCallback)
+    made = {name: _can_be_made(callback) for name, callback in known.items()}
+    assert made["whole"] and not made["broken"]
+    capfd.readouterr()
+    for name, can in made.items():
+        if can:
+            check_report_to([name])
+            continue
+        with pytest.raises(UsageError) as refused:
+            check_report_to([name])
+        assert name in refused.value.message and "\n" not in refused.value.message
+    assert capfd.readouterr().err == ""
+    check_report_to(["none"])
+    check_report_to([])
+    with pytest.raises(UsageError, match="nothing-such"):
+        check_report_to(["nothing-such"])

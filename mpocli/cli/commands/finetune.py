@@ -254,13 +254,11 @@ def command(
     destination = out or options.default_out(model, "finetuned")
     try:
         with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
+            how = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
             if chosen_seeds:
-                reports = finetune.run_seeds(
-                    model, config, destination, chosen_seeds, overwrite=overwrite, resume=resume, progress=progress
-                )
+                reports = finetune.run_seeds(model, config, destination, chosen_seeds, **how)  # type: ignore[arg-type]
             else:
-                one = finetune.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
-                reports = (one,)
+                reports = (finetune.run(model, config, destination, **how),)  # type: ignore[arg-type]
     except KeyboardInterrupt:
         kept = training_directory(destination)
         if kept.is_dir():

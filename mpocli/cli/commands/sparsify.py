@@ -270,7 +270,9 @@ def command(
     bar = render.training_bar if config.trains else render.progress_bar
     try:
         with quiet.transformers(), bar("sparsify", enabled=not json) as progress:
-            report = sparsify.run(model, config, destination, overwrite=overwrite, resume=resume, progress=progress)
+            report = sparsify.run(
+                model, config, destination, overwrite=overwrite, resume=resume, progress=progress, warn=render.warn
+            )
     except KeyboardInterrupt:
         kept = training_directory(destination)
         if kept.is_dir():
