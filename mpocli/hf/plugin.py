@@ -13,9 +13,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
+from mpocli.hf.renaming import keep_parts_together, loading_parts
 from mpocli.hf.replace import install, local_name, remove
 from mpocli.hf.routing import RoutingConfig, connect
-from mpocli.hf.sparse import packed_state, postpone_ties, reserve, sparse_parameters, stored_encodings, unpack
+from mpocli.hf.sparse import (
+    packed_state,
+    postpone_ties,
+    reserve,
+    sparse_parameters,
+    stored_encodings,
+    unpack,
+    with_saved_keys,
+)
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
@@ -90,7 +99,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         specs = specs_from_config({"schema_version": config.schema_version, "modules": config.modules})
-        stored = _stored_shapes(checkpoint_files)
+        self.stored = stored = _stored_shapes(checkpoint_files)
         _check_no_extra_cores(model, specs, stored)
         # A dense weight of its own, which is more than a tombstone.
         own = {key.removesuffix(f".{TOMBSTONE}") for key, shape in stored.items() if shape != [1]}
@@ -114,6 +123,10 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_unexpected = _Patterns(
             (*(model._keys_to_ignore_on_load_unexpected or ()), *unexpected)
         )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return [*rules, *loading_parts(model, rules, self.stored)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         unpack(model, encodings_from(self.quantization_config.encodings), self.followers)
@@ -141,8 +154,10 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
                 for k in range(module.sites.sites):
                     state.pop(f"{name}.core_{k}", None)
         encodings = stored_encodings(state, encodings_from(self.quantization_config.encodings))
-        self.quantization_config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
         state = packed_state(model, state, encodings)
+        keep_parts_together(model, state)
+        encodings = with_saved_keys(model, state, encodings)
+        self.quantization_config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
         if self.quantization_config.encodings or any(
             isinstance(module, MPOModule | DenseExperts) for module in model.modules()
         ):

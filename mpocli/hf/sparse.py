@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError
+from mpocli.hf.renaming import saved_keys
 from mpocli.hf.replace import local_name
 from mpocli.io.encoding import Encoding, Encodings, encode, encoded_names, encoding_of, encodings_from, part_names
 from mpocli.nn.held_zeros import hold_zeros, look_again, release_zeros_of
@@ -143,7 +145,7 @@ def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str
     """Of what there is to save: a model's layers may have been removed, its vocabulary resized, an adapter merged into
     a matrix, which then has no zero and is an ordinary one."""
     return {
-        name: Encoding(tuple(state[name].shape), e.pattern)
+        name: replace(e, shape=tuple(state[name].shape))
         for name, e in encodings.items()
         if name in state and not bool(state[name].all())
     }
@@ -163,6 +165,14 @@ def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Itera
         elif name not in tied or (tensor.device, tensor.data_ptr()) not in owners:
             packed[name] = tensor
     return packed
+
+
+def with_saved_keys(model: PreTrainedModel, packed: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
+    """The encodings with the names that `save_pretrained` gives the tensors of a packed state dict."""
+    bits = {name: part_names(name)[0] for name in encodings}
+    keys = saved_keys(model, packed, bits.values())
+    suffix = len(part_names("")[0])
+    return {name: encoding.stored_as(name, keys[bits[name]][:-suffix]) for name, encoding in encodings.items()}
 
 
 def set_encodings(model: PreTrainedModel, encodings: Encodings) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError
+from mpocli.hf.renaming import prefix_of
 from mpocli.hf.replace import embedding_scale
 from mpocli.hf.roles import ROLES, role_of
 from mpocli.hf.skeleton import FileKeys, build_skeleton, file_keys
@@ -75,11 +76,10 @@ class Weight:
         """O×I from what its layer stores, or back: GPT-2's `Conv1D` holds the transpose."""
         return matrix.T if self.kind == "conv1d" else matrix
 
-    @property
-    def core_prefix(self) -> str:
-        """Of its cores' names in the files."""
+    def key_of(self, part: str) -> str:
+        """What the files call a part of it: `weight` itself, a core, a router's tensor."""
         assert self.key is not None
-        return self.key.removesuffix(".weight")
+        return self.key if part == "weight" else f"{prefix_of(self.key)}.{part}"
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,7 @@ def survey(
     parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
     known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
-    cores = {
-        f"{weight.core_prefix}.{part}"
-        for weight in weights
-        if weight.entry
-        for part in weight.entry.spec.stored_shapes()
-    }
+    cores = {weight.key_of(part) for weight in weights if weight.entry for part in weight.entry.spec.stored_shapes()}
     ignored = {key for key in reader if key not in known and key not in cores}
     return Survey(
         tuple(weights),
@@ -363,7 +358,7 @@ def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
             hint="the weight files belong to another checkpoint",
         )
     spec = weight.entry.spec
-    parts = {f"{weight.core_prefix}.{part}": shape for part, shape in spec.stored_shapes().items()}
+    parts = {weight.key_of(part): shape for part, shape in spec.stored_shapes().items()}
     for name, shape in parts.items():
         if name not in reader:
             raise InputError(
@@ -376,7 +371,7 @@ def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
                 hint="the weight files belong to another checkpoint",
             )
     cores = len(spec.core_shapes())
-    extra = f"{weight.core_prefix}.core_{cores}"
+    extra = weight.key_of(f"core_{cores}")
     if extra in reader:
         raise InputError(
             f"{reader.directory}: core {extra} is in the files, the manifest has {cores} cores there",

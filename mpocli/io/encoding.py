@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +19,22 @@ _BITS, _VALUES = "_bitmask", "_values"
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of one tensor: its dense shape, and the pattern that its zeros follow (`unstructured`, 2:4 …)."""
+    """Of one tensor: its dense shape, and the pattern that its zeros follow (`unstructured`, 2:4 …).
+
+    `key` is its name in the files where that is not the model's: transformers renames some tensors on loading.
+    """
 
     shape: tuple[int, ...]
     pattern: str = "unstructured"
+    key: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"encoding": BITMASK, "shape": list(self.shape), "pattern": self.pattern}
+        data: dict[str, Any] = {"encoding": BITMASK, "shape": list(self.shape), "pattern": self.pattern}
+        return data if self.key is None else data | {"key": self.key}
+
+    def stored_as(self, name: str, key: str) -> Encoding:
+        """The same for a tensor that the model calls `name` and the files `key`."""
+        return replace(self, key=None if key == name else key)
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> Encoding:
@@ -32,6 +42,7 @@ class Encoding:
         try:
             kind, shape = str(data["encoding"]), tuple(map(int, data["shape"]))
             pattern = str(data.get("pattern", "unstructured"))
+            key = None if data.get("key") is None else str(data["key"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"tensor {name}: its encoding is malformed ({error!r})", hint="restore config.json and mpo.json"
@@ -41,7 +52,7 @@ class Encoding:
                 f"tensor {name}: stored as {kind!r} of shape {list(shape)}, which this mpocli does not read",
                 hint="update mpocli",
             )
-        return cls(shape, pattern)
+        return cls(shape, pattern, key)
 
 
 Encodings = Mapping[str, Encoding]
@@ -74,7 +85,10 @@ def _value_name(bits: str) -> str:
 
 
 def encoding_of(encodings: Encodings, stored: str) -> str | None:
-    """The entry of a tensor in the files, which may be called by a shorter or longer path there; None for none."""
+    """The entry of a tensor in the files, by its key, its name, or a shorter or longer path; None for none."""
+    by_key = [name for name, encoding in encodings.items() if encoding.key == stored]
+    if by_key:
+        return by_key[0]
     if stored in encodings:
         return stored
     found = [name for name in encodings if name.endswith(f".{stored}") or stored.endswith(f".{name}")]
@@ -87,7 +101,7 @@ class Adds(Protocol):
 
 def has_tombstone(name: str) -> bool:
     """Whether one zero stays under the tensor's own name: a dense weight's, not a core's, whose module has one."""
-    return name.rpartition(".")[2] == "weight"
+    return re.fullmatch(r"core_\d+", name.rpartition(".")[2]) is None
 
 
 def add_encoded(sink: Adds, name: str, tensor: Tensor) -> None:

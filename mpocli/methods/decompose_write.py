@@ -103,7 +103,7 @@ class Decomposer:
                         sink.add(name, self._converted(name))
                 continue
             for k, core in enumerate(cores):
-                sink.add(f"{plan.weight.core_prefix}.core_{k}", core)
+                sink.add(plan.weight.key_of(f"core_{k}"), core)
             # One zero under every dense name that is gone, so that nothing can load this by mistake.
             for name in (key, *plan.weight.follower_keys):
                 sink.add(name, torch.zeros(1, dtype=cores[0].dtype))
@@ -158,7 +158,7 @@ class Decomposer:
         if self.config.gauge == "symmetric":
             mpo = symmetric_gauge(mpo)
         center = mpo.center
-        names = (f"{weight.core_prefix}.core_{k}" for k in range(sites.sites))
+        names = (weight.key_of(f"core_{k}") for k in range(sites.sites))
         # Under the same name, so that the wide cores may go.
         mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
         difference, norm = stored_error(matrix, mpo)

@@ -271,7 +271,7 @@ class _Expander:
     def write(self, sink: Sink) -> None:
         reader = self.checkpoint.reader
         gone = {
-            f"{weight.core_prefix}.{part}"
+            weight.key_of(part)
             for weight, _, _ in self.jobs.values()
             if weight.entry is not None
             for part in weight.entry.spec.stored_shapes()
@@ -289,9 +289,9 @@ class _Expander:
             weight, place, router = self.jobs[key]
             for name, tensor in self._expanded(weight, place, router).items():
                 if f"{weight.name}.{name}" in self.encodings:  # a core that was pruned before
-                    add_encoded(sink, f"{weight.core_prefix}.{name}", tensor)
+                    add_encoded(sink, weight.key_of(name), tensor)
                 else:
-                    sink.add(f"{weight.core_prefix}.{name}", tensor)
+                    sink.add(weight.key_of(name), tensor)
             if self.progress:
                 self.progress(len(self.done), len(self.jobs), weight.name)
         sink.add(SIGNPOST, torch.zeros(1))

@@ -189,9 +189,7 @@ def _keys_of(weight: Weight) -> list[str]:
     """The names in the files of a matrix, or of its cores."""
     if weight.key is None:
         return []
-    return (
-        [f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()] if weight.entry else [weight.key]
-    )
+    return [weight.key_of(core) for core in weight.entry.spec.core_shapes()] if weight.entry else [weight.key]
 
 
 def _zeros_of(reader: CheckpointReader, weights: Sequence[Weight], *, count: bool) -> dict[str, int]:

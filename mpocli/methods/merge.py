@@ -67,7 +67,7 @@ def run(
     skip = set() if experts else {SIGNPOST}
     for weight in mpos.values():
         assert weight.entry is not None
-        skip |= {f"{weight.core_prefix}.{core}" for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
+        skip |= {weight.key_of(core) for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
     with output_directory(out) as work, CheckpointWriter(work, max_shard_bytes) as writer:
         done = 0
         for key in reader:
@@ -122,10 +122,10 @@ def dense_experts(reader: CheckpointReader, weight: Weight) -> torch.Tensor:
     assert weight.entry is not None
     spec = weight.entry.spec
     if spec.share == "dense":
-        return reader.read(f"{weight.core_prefix}.weight")
-    cores = [reader.read(f"{weight.core_prefix}.{core}") for core in spec.core_shapes()]
+        return reader.read(weight.key_of("weight"))
+    cores = [reader.read(weight.key_of(core)) for core in spec.core_shapes()]
     for core, name in zip(cores, spec.core_shapes(), strict=True):
-        check_finite(core, f"{weight.core_prefix}.{name}")
+        check_finite(core, weight.key_of(name))
     matrices = []
     for expert in range(spec.experts):
         own = tuple((core[expert] if core.dim() == 5 else core).double() for core in cores)
@@ -138,7 +138,7 @@ def read_mpo(reader: CheckpointReader, weight: Weight) -> MPO:
     assert weight.entry is not None
     cores = []
     for core in weight.entry.spec.core_shapes():
-        name = f"{weight.core_prefix}.{core}"
+        name = weight.key_of(core)
         tensor = reader.read(name)
         check_finite(tensor, name)
         cores.append(tensor)

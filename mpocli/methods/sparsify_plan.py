@@ -100,7 +100,7 @@ def _target(weight: Weight, config: SparsifyConfig) -> tuple[Target | None, str]
         spec = weight.entry.spec
         leaf = f"core_{spec.sites.central}"
         core_shape = spec.core_shapes()[leaf]
-        key = f"{weight.core_prefix}.{leaf}"
+        key = weight.key_of(leaf)
         target = Target(weight.name, leaf, key, weight.role, "core", core_shape, weight.dtype, weight)
     group, columns = config.pattern.group, target.matrix_shape[1]
     if group is not None and columns % group:

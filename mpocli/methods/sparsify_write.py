@@ -106,7 +106,8 @@ def write_sparse(
                 made[target.name] = described(target, tensor, config.storage)
                 if config.storage == "bitmask":
                     encodings.pop(checkpoint.reader.encoded.get(key, ""), None)
-                    encodings[target.name] = Encoding(target.shape, str(config.pattern))
+                    encoding = Encoding(target.shape, str(config.pattern))
+                    encodings[target.name] = encoding.stored_as(target.name, key)
                 if progress:
                     progress(len(made), len(jobs), target.name)
             if config.storage == "bitmask" and (target is not None or key in checkpoint.reader.encoded):
