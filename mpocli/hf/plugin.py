@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
+from mpocli.hf.overrides import initialised, override, restore
 from mpocli.hf.renaming import keep_parts_together, loading_parts
 from mpocli.hf.replace import install, local_name, remove
 from mpocli.hf.routing import RoutingConfig, connect
@@ -115,6 +116,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         encodings = reserve(model, encodings_from(config.encodings), stored)
         config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}
         self.followers = postpone_ties(model, encodings, has_own)
+        override(model, {name: encoding.shape for name, encoding in encodings.items()})
         # Tombstones of tied heads need not be stored; the signpost is never loaded.
         missing = [rf"^{re.escape(name)}\.{TOMBSTONE}$" for name, spec in specs.items() if spec.tied_to]
         missing += [rf"^{re.escape(name)}$" for name in self.followers]
@@ -129,6 +131,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*rules, *loading_parts(model, rules, self.stored)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        initialised(model)
         unpack(model, encodings_from(self.quantization_config.encodings), self.followers)
         _check_experts(model)
         for name, module in model.named_modules():
@@ -144,6 +147,12 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{expected[k]}",
                         hint="the weight files are incomplete or belong to another checkpoint",
                     )
+            bias = getattr(module, "bias", None)
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                raise InputError(
+                    f"{name}.bias was not loaded: the files lack it",
+                    hint="the weight files are incomplete or belong to another checkpoint",
+                )
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
@@ -169,6 +178,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
             release_zeros_of(parameter)
         self.quantization_config.encodings = {}
         remove(model, dtype)
+        restore(model)
         return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -75,7 +75,6 @@ def install(
             setattr(follower, core, source.get_parameter(core))
             kept[f"{place}.{core}"] = f"{spec.tied_to}.{core}"
     model.all_tied_weights_keys = kept
-    model._adjust_bias = _adjust_bias
     return local
 
 
@@ -108,14 +107,6 @@ def _tied_partners(
                 scale = embedding_scale(model.get_submodule(place))
                 partners[place] = replace(spec, kind=kind, tied_to=spec.tied_to or other, scale=scale)
     return partners
-
-
-def _adjust_bias(output_embeddings: nn.Module, input_embeddings: Any) -> None:
-    """transformers fits a head's bias to `weight.shape[0]` when it ties; on an MPO head that is the tombstone's 1."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(output_embeddings, MPOModule):
-        PreTrainedModel._adjust_bias(cast(Any, None), output_embeddings, input_embeddings)
 
 
 def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None) -> MPOModule | DenseExperts:
@@ -195,25 +186,39 @@ def embedding_scale(module: nn.Module | None) -> float:
 
 
 @torch.no_grad()
-def remove(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Contract every MPO module of a loaded model back to the dense one it replaced, and tie what was tied."""
-    if any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules()):
-        raise InputError("experts have no dense form in a stock class", hint="mpocli merge makes dense experts of them")
-    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MPOModule)}
+def contract(model: PreTrainedModel, names: Collection[str] | None = None, dtype: torch.dtype | None = None) -> None:
+    """Make the named MPO modules of a loaded model (None: all) the dense ones they replaced, and tie what was tied.
+
+    Modules that share their cores must be named together.
+    """
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MPOModule) and (names is None or name in names)
+    }
     declared = model.get_expanded_tied_weights_keys(all_submodels=True)
     live = {a: b for a, b in model.all_tied_weights_keys.items() if _module(a) not in modules}
     for a, b in declared.items():
         pair = modules.get(_module(a)), modules.get(_module(b))
         if _is_weight(a) and pair[0] and pair[1] and pair[0].cores[0] is pair[1].cores[0]:
             live[a] = b
+    described = getattr(getattr(model.config, "quantization_config", None), "modules", {})
     for name, module in modules.items():
         dense = _dense(module)
-        dense.weight = nn.Parameter(cast(Any, module).dense_weight().to(dtype or module.cores[0].dtype))
+        weight = cast(Any, module).dense_weight().to(dtype or module.cores[0].dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=any(core.requires_grad for core in module.cores))
         dense.train(module.training)
         model.set_submodule(name, dense)
-    model.__dict__.pop("_adjust_bias", None)  # back to the class's own
+        described.pop(name, None)
     model.all_tied_weights_keys = live
     model.tie_weights(recompute_mapping=False)
+
+
+def remove(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Make an ordinary model of a loaded one. Raises `InputError` for one with experts."""
+    if any(isinstance(module, MPOExperts | DenseExperts) for module in model.modules()):
+        raise InputError("experts have no dense form in a stock class", hint="mpocli merge makes dense experts of them")
+    contract(model, dtype=dtype)
 
 
 def _dense(module: MPOModule) -> nn.Module:

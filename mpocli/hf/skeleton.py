@@ -95,11 +95,13 @@ class FileKeys:
     """Where a model's tensors stand in the files.
 
     `stored`: parameter or buffer name → key, for every tensor that is only renamed on loading. `converted`:
-    parameter name → the keys that loading makes it of (fused experts, say).
+    parameter name → the keys that loading makes it of (fused experts, say). `together`: the parameters that loading
+    splits off a tensor which holds others too.
     """
 
     stored: dict[str, str]
     converted: dict[str, tuple[str, ...]]
+    together: frozenset[str]
 
 
 def file_keys(model: PreTrainedModel, reader: CheckpointReader) -> FileKeys:
@@ -113,16 +115,24 @@ def file_keys(model: PreTrainedModel, reader: CheckpointReader) -> FileKeys:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    targets = {pattern: t.target_patterns for t in converters for pattern in t.source_patterns}
     # tied names are absent from some state dicts' files but valid targets
     state = model.state_dict()
     stored: dict[str, str] = {}
     converted: dict[str, tuple[str, ...]] = {}
+    together: set[str] = set()
     for key in reader:
         renamed, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if renamed not in state:
             continue
         if converter is None:
             stored[renamed] = key
-        else:
-            converted[renamed] = (*converted.get(renamed, ()), key)
-    return FileKeys(stored, converted)
+            continue
+        # The name is that of the first of the tensors that the rule makes.
+        first, *others = targets[converter]
+        for name in (renamed, *(renamed.replace(first, other) for other in others)):
+            if name in state:
+                converted[name] = (*converted.get(name, ()), key)
+                if others:
+                    together.add(name)
+    return FileKeys(stored, converted, frozenset(together))

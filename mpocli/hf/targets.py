@@ -162,7 +162,7 @@ def survey(
         entry = next((entries[m.name] for m in members if m.name in entries and not entries[m.name].spec.tied_to), None)
         dtype = _stored_dtype(parameters[0], keys, reader) if key is None else reader.specs[key].dtype
         weight = Weight(tuple(members), frozenset(roles), (shape[0], shape[1]), key, dtype, obstacle, entry, followers)
-        weights.append(_checked(weight, reader))
+        weights.append(_checked(weight, reader, _why_not_stored(parameters[0], keys)))
     parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
     known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
@@ -338,8 +338,20 @@ def _entries(manifest: Manifest | None, model: PreTrainedModel) -> dict[str, Mod
     return manifest.by_name
 
 
-def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
-    """The weight if the files hold it as described."""
+def _why_not_stored(parameter: str, keys: FileKeys) -> str:
+    """The obstacle of a parameter that the files do not hold as it is."""
+    if parameter in keys.together:
+        return "the files hold it in one tensor with others, which loading splits"
+    sources = keys.converted.get(parameter, ())
+    if len(sources) > 1:
+        return "the files hold it in several tensors, which loading puts together"
+    if sources:
+        return "the files hold it in another form, which loading converts"
+    return "the checkpoint does not store it (a new head, say)"
+
+
+def _checked(weight: Weight, reader: CheckpointReader, why_not_stored: str) -> Weight:
+    """The weight if the files hold it as described; `why_not_stored` is its obstacle where they have no key of it."""
     if weight.entry is None:
         if weight.key and not weight.obstacle:
             stored = reader.specs[weight.key].shape
@@ -350,7 +362,7 @@ def _checked(weight: Weight, reader: CheckpointReader) -> Weight:
                     hint="config.json and the weights belong to different models",
                 )
         elif weight.key is None and not weight.obstacle:
-            return replace(weight, obstacle="the checkpoint does not store it (a new head, say)")
+            return replace(weight, obstacle=why_not_stored)
         return weight
     if weight.key is None:
         raise InputError(

@@ -54,6 +54,11 @@ class MPOModule(nn.Module):
         return [(bonds[k], out, in_, bonds[k + 1]) for k, (out, in_) in enumerate(dims)]
 
     @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Of the dense weight as its layer stores it: GPT-2's `Conv1D` holds the transpose."""
+        return self.shape[::-1] if getattr(self, "kind", None) == "conv1d" else self.shape
+
+    @property
     def cores(self) -> tuple[nn.Parameter, ...]:
         # Plain attribute access: `torch.func.functional_call` puts tensors in the parameters' places.
         return tuple(getattr(self, f"core_{k}") for k in range(self.sites.sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from sparse_checkpoints import pruning
 from torch import Tensor
 from transformers import conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter, WeightRenaming
 
 import mpocli  # noqa: F401
 from mpocli.hf.artifact import Checkpoint
@@ -117,3 +118,29 @@ def test_a_checkpoint_whose_tensors_are_renamed_on_loading_loads_and_computes_th
 ) -> None:
     found, expected = verb(request.getfixturevalue(model))
     assert close(found, expected)
+
+
+def test_a_weight_that_loading_makes_of_other_tensors_is_kept_for_a_reason_that_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    halves = ["o_a.weight", "o_b.weight"]
+    rules = [
+        WeightConverter("kv.weight", ["k_proj.weight", "v_proj.weight"], operations=[Chunk(dim=0)]),
+        WeightConverter(halves, "o_proj.weight", operations=[Concatenate(dim=0)]),
+        WeightConverter("q_turned.weight", "q_proj.weight", operations=[Transpose(0, 1)]),
+    ]
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", rules)
+    model = llama(tmp_path / "dense", num_hidden_layers=1)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    report = decompose.run(str(tmp_path / "dense"), DecomposeConfig(layers=LAYERS), tmp_path / "mpo")
+    reasons = {module.name.rpartition(".")[2]: module.reason for module in report.modules}
+    assert "one tensor with others" in reasons["k_proj"] and reasons["v_proj"] == reasons["k_proj"]
+    assert "several tensors" in reasons["o_proj"] and "another form" in reasons["q_proj"]
+    assert "does not store it" in reasons["score"] and reasons["up_proj"] == ""
+    merge.run(str(tmp_path / "mpo"), tmp_path / "merged")
+    assert keys(tmp_path / "merged") == keys(tmp_path / "dense")
+    for name in ("mpo", "merged"):
+        assert close(logits(tf.LlamaForCausalLM.from_pretrained(tmp_path / name).eval()), logits(model))
