@@ -99,6 +99,8 @@ def decide(
     shop = Workshop(checkpoint, config.budget, norms, cores, device, config.dtype, config.sites)
     if config.budget.sensitivity is not None:
         shop = replace(shop, sensitivity=_sensitivities(shop, model, config, chosen, batches, progress))
+    if not held_out and not config.budget.sequential:
+        model = None  # planning takes its memory
     planner = Planner(shop, exact_bytes, progress)
     found = planner.plan(chosen)
     if config.budget.sequential and model is not None:
