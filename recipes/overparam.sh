@@ -13,6 +13,7 @@ options=("${data[@]}" --train "$train" "${@:6}")
 mpocli finetune "$model" "${options[@]}" -o "$out/plain" --overwrite
 mpocli finetune "$model" "${options[@]}" --overparam none --mpo-lr "${RAISED:-4e-4}" -o "$out/raised" --overwrite
 for method in svd static dynamic; do
-  mpocli finetune "$model" "${options[@]}" --overparam "$method" --top-n 4 -o "$out/$method" --overwrite
+  [ "$method" = svd ] && chosen=() || chosen=(--top-n 4)  # svd takes all matrices
+  mpocli finetune "$model" "${options[@]}" --overparam "$method" "${chosen[@]}" -o "$out/$method" --overwrite
   mpocli eval "$out/$method" "${data[@]}" --baseline "$out/plain"
 done

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "printable": 0,
     "errors": 0,
+    "modes": 1,
     "mpo": 1,
     "sparse": 1,
     "nn": 2,

@@ -11,6 +11,7 @@ import typer
 
 from mpocli import __version__
 from mpocli.cli import signals, streams
+from mpocli.cli.command import Command
 from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, plan, sparsify, squeeze
 from mpocli.errors import MpoError
 from mpocli.printable import printable
@@ -24,16 +25,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("decompose")(decompose.command)
-app.command("plan")(plan.command)
-app.command("finetune")(finetune.command)
-app.command("squeeze")(squeeze.command)
-app.command("sparsify")(sparsify.command)
-app.command("expand-moe")(expand_moe.command)
-app.command("eval")(evaluate.command)
-app.command("inspect")(inspect.command)
-app.command("merge")(merge.command)
-app.command("demo")(demo.command)
+app.command("decompose", cls=Command)(decompose.command)
+app.command("plan", cls=Command)(plan.command)
+app.command("finetune", cls=Command)(finetune.command)
+app.command("squeeze", cls=Command)(squeeze.command)
+app.command("sparsify", cls=Command)(sparsify.command)
+app.command("expand-moe", cls=Command)(expand_moe.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("inspect", cls=Command)(inspect.command)
+app.command("merge", cls=Command)(merge.command)
+app.command("demo", cls=Command)(demo.command)
 
 
 def _version(wanted: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpocli.cli import task_options as task_
 from mpocli.cli.options import at_least, one_of, parse_bytes, share
 from mpocli.errors import InputError, UsageError
+from mpocli.modes import Condition, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.budget import Budget
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 
 PLAN = "Planned to a budget"
 _WORD = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _names_rows(calibrate: Any) -> bool:
+    """Whether `--calibrate` is the name of a task, which stands for the hub's rows of it."""
+    return named_task(calibrate, None)[1] not in (None, "lm")
+
+
+BUDGETS = ("--ratio", "--max-bytes", "--max-error")
+_ONE = "a plan has one budget"
+BUDGETED = needs(*BUDGETS, why="there is no budget to plan for")
+CALIBRATED = needs("--calibrate", why="it is about a text")
+_HUB_ROWS = Condition("--calibrate", test=_names_rows, example="--calibrate sst2")
+OF_ROWS = needs(task_.ROWS_OF_TASK, _HUB_ROWS, why="windows of a text take --seq-len")
 
 Ratio = Annotated[
     float | None,
@@ -28,10 +42,12 @@ Ratio = Annotated[
         help="Keep this part of the selected matrices' parameters, as 0.5 or 50%.",
         rich_help_panel=PLAN,
     ),
+    excludes("--max-bytes", "--max-error", why=_ONE),
 ]
 MaxBytes = Annotated[
     str | None,
     typer.Option("--max-bytes", metavar="SIZE", help="Of all weight files written, as 300MB.", rich_help_panel=PLAN),
+    excludes("--ratio", "--max-error", why=_ONE),
 ]
 MaxError = Annotated[
     float | None,
@@ -41,6 +57,7 @@ MaxError = Annotated[
         help="Largest relative error of any matrix, in what it puts out where --calibrate says what goes in.",
         rich_help_panel=PLAN,
     ),
+    excludes("--ratio", "--max-bytes", why=_ONE),
 ]
 Shapes = Annotated[
     str,
@@ -50,6 +67,7 @@ Shapes = Annotated[
         help="Every shape for every matrix, the truncated SVD, or the papers' with --sites.",
         rich_help_panel=PLAN,
     ),
+    BUDGETED,
 ]
 Calibrate = Annotated[
     str | None,
@@ -59,11 +77,24 @@ Calibrate = Annotated[
         help="Text, rows of a --task, or a task by its name (the hub's rows), to judge errors by.",
         rich_help_panel=PLAN,
     ),
+    BUDGETED,
 ]
-Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=PLAN)]
-SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=PLAN)]
+Samples = Annotated[
+    int,
+    typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=PLAN),
+    CALIBRATED,
+]
+SeqLen = Annotated[
+    int,
+    typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=PLAN),
+    CALIBRATED,
+    excludes(task_.ROWS_OF_TASK, _HUB_ROWS, why="rows are cut by --max-length"),
+]
 Sweeps = Annotated[
-    int, typer.Option("--sweeps", metavar="N", help="Of weighted least squares, at most.", rich_help_panel=PLAN)
+    int,
+    typer.Option("--sweeps", metavar="N", help="Of weighted least squares, at most.", rich_help_panel=PLAN),
+    BUDGETED,
+    excludes("--shapes svd", why="SVDs have a closed form"),
 ]
 Weights = Annotated[
     str,
@@ -73,6 +104,8 @@ Weights = Annotated[
         help="Judge errors by what they do to the loss, or to each matrix's outputs.",
         rich_help_panel=PLAN,
     ),
+    CALIBRATED,
+    excludes("--max-error", why="the bound is on what each matrix puts out"),
 ]
 Allocation = Annotated[
     str,
@@ -82,18 +115,23 @@ Allocation = Annotated[
         help="One budget for all matrices, or the same ratio for each.",
         rich_help_panel=PLAN,
     ),
+    BUDGETED,
+    needs("--ratio", of=("uniform",), why="it gives every matrix the same ratio"),
 ]
 Sequential = Annotated[
     bool,
     typer.Option(
         "--sequential", help="Fit each block to the inputs that the compressed ones make.", rich_help_panel=PLAN
     ),
+    CALIBRATED,
+    excludes("--max-error", why="the bound is on errors for the dense model's inputs"),
 ]
 Compare = Annotated[
     bool,
     typer.Option(
         "--compare", help="Measure plain SVD, whitened SVD and plain MPO of the same size too.", rich_help_panel=PLAN
     ),
+    CALIBRATED,
 ]
 Sensitivity = Annotated[
     str | None,
@@ -103,16 +141,12 @@ Sensitivity = Annotated[
         help="Measure what truncating each matrix alone does to the loss; kept in FILE, and read from it.",
         rich_help_panel=PLAN,
     ),
+    CALIBRATED,
+    excludes("--max-error", why="one bound holds for all"),
 ]
-
-# Options that only a budget reads, and those that only a calibration does.
-OF_BUDGET = ("shapes", "allocation", "sweeps", "calibrate", "sequential", "compare", "sensitivity")
-_OF_DATA = ("task", "text_column", "label_column", "max_length", "tokenizer")
-OF_CALIBRATION = ("samples", "seq_len", "weights", "sequential", "compare", "sensitivity", *_OF_DATA)
 
 
 def parse(
-    given: set[str],
     *,
     ratio: float | None,
     max_bytes: str | None,
@@ -129,7 +163,7 @@ def parse(
     seq_len: int,
     data: DataOptions | None,
 ) -> Budget | None:
-    """The budget, None where no option asks for one; `UsageError` for options that would be passed over."""
+    """The budget, None where no option asks for one; `UsageError` for values that cannot be meant."""
     at_least("--sweeps", sweeps, 0)
     at_least("--samples", samples, 1)
     at_least("--seq-len", seq_len, 2)
@@ -138,12 +172,8 @@ def parse(
     one_of("--weights", weights, ("fisher", "input"))
     size = None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes")
     if ratio is None and size is None and max_error is None:
-        _refuse(given, (*OF_BUDGET, *OF_CALIBRATION), "no budget", "add --ratio 0.5, --max-bytes or --max-error")
         return None
-    if calibrate is None:
-        _refuse(given, OF_CALIBRATION, "no --calibrate", "name a text: --calibrate wiki.train.txt")
-    else:
-        _refuse_unread(given, data)
+    if calibrate is not None:
         from mpocli.train.data import check_source
 
         check_source(calibrate)  # before anything slow
@@ -152,12 +182,6 @@ def parse(
         raise InputError(
             f"--sensitivity {sensitivity}: its folder does not exist", hint="make it, or name another file"
         )
-    if shapes != "paper":
-        _refuse(given, ("sites",), f"--shapes {shapes}", "choose --shapes paper, or leave it out")
-    if shapes == "svd":
-        _refuse(given, ("sweeps",), "--shapes svd", "leave it out: SVDs have a closed form")
-    if max_error is not None:
-        _refuse(given, ("weights",), "--max-error", "leave it out: the bound is on what each matrix puts out")
 
     from mpocli.methods.budget import Budget
     from mpocli.methods.calibration_data import Calibration
@@ -216,17 +240,3 @@ def data(
         tokenizer=tokenizer,
         seed=seed,
     )
-
-
-def _refuse_unread(given: set[str], data: DataOptions | None) -> None:
-    """A calibration reads windows of a text, or rows of a task."""
-    if data is not None and data.task != "lm":
-        _refuse(given, ("seq_len",), f"--task {data.task}", "rows are cut by --max-length")
-    else:
-        _refuse(given, ("max_length", "label_column"), "windows of a text", "these take --seq-len, rows need a --task")
-
-
-def _refuse(given: set[str], names: tuple[str, ...], why: str, hint: str) -> None:
-    for name in names:
-        if name in given:
-            raise UsageError(f"--{name.replace('_', '-')} with {why}", hint=hint)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS
 
 if TYPE_CHECKING:
     from mpocli.mpo import SiteShape
@@ -21,31 +22,32 @@ ROLES = ("embedding", "attention", "ffn", "pooler", "head")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output directory.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Output directory.", show_default=False), ALWAYS
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables."), ALWAYS]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists."), ALWAYS]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="DTYPE", help=f"Store as {', '.join(DTYPES)}. Default: as in the model."),
+    ALWAYS,
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."), ALWAYS
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.", rich_help_panel=DANGER)
+    bool,
+    typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.", rich_help_panel=DANGER),
+    ALWAYS,
 ]
-ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB.")]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB."), ALWAYS
+]
 
 # The search for site dimensions grows exponentially: up to 0.4 s a matrix at 12 sites, 18 s at 16, minutes at 20.
 MAX_SITES = 12
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def given(context: typer.Context) -> set[str]:
-    """The parameters that stand on the command line, whatever their values."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def parse_bytes(text: str, option: str) -> int:

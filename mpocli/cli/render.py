@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -42,7 +42,8 @@ class _Console(Console):
 
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-out = _Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, **_PLAIN)
+_PIPED = not sys.stdout.isatty()
+out = _Console(width=_PIPE_WIDTH if _PIPED else None, soft_wrap=_PIPED, **_PLAIN)
 err = _Console(stderr=True, soft_wrap=True, **_PLAIN)
 
 ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
@@ -153,15 +154,94 @@ def table(*columns: str) -> Table:
     return made
 
 
+def natural_width(made: Table) -> int:
+    """The columns of a terminal that a table takes when nothing in it is cut or wrapped."""
+    return made.__rich_measure__(out, out.options.update(max_width=10_000)).maximum
+
+
+def first_that_fits(tables: Iterable[Table], width: int | None = None) -> Table:
+    """The first table that a terminal of this width (default: stdout's) has room for, else the last."""
+    made = None
+    for made in tables:
+        if natural_width(made) <= (out.width if width is None else width):
+            break
+    assert made is not None
+    return made
+
+
 def show(made: Table) -> None:
-    """Print a table at its own width: in a narrower terminal its lines wrap, and no number is ever cut."""
-    natural = made.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+    """Print a table whole. In a terminal that is narrower than it is, columns that find no room follow below, with
+    the first column again: no number is cut, and no line wraps. A pipe has no width."""
+    parts = _parts(made, out.width) if out.is_terminal else [made]
     before = out.width
-    out.width = max(before, natural)
-    try:
-        out.print(made)
-    finally:
-        out.width = before
+    for part in parts:
+        out.width = max(before, natural_width(part))  # a single column may be too wide even so
+        try:
+            out.print(part)
+        finally:
+            out.width = before
+
+
+def _parts(made: Table, width: int) -> list[Table]:
+    """The table, or tables of some of its columns that are no wider than `width`, each with the first one."""
+    parts: list[Table] = []
+    left = list(range(1, len(made.columns)))
+    while left:
+        taken = len(left)
+        while taken > 1 and natural_width(_columns(made, [0, *left[:taken]])) > width:
+            taken -= 1
+        parts.append(_columns(made, [0, *left[:taken]]))
+        left = left[taken:]
+    return parts if len(parts) > 1 else [made]
+
+
+def _columns(made: Table, chosen: Sequence[int]) -> Table:
+    """Some columns of a table, with its sections and the styles of its rows."""
+    part = Table(box=made.box, pad_edge=False, collapse_padding=True)
+    for k in chosen:
+        column = made.columns[k]
+        part.add_column(column.header, justify=column.justify, no_wrap=True)
+    cells = [list(made.columns[k].cells) for k in chosen]
+    for row, found in zip(made.rows, zip(*cells, strict=True), strict=True):
+        part.add_row(*found, style=row.style, end_section=row.end_section)
+    return part
+
+
+def matrices(columns: Sequence[str], rows: Iterable[tuple[str, str | None, Sequence[str]]]) -> None:
+    """A line for each matrix: its name, its role and cells of numbers. In a terminal that is too narrow for that the
+    name has a line of its own; where the cells find no room on one line the last of them (bonds) has one too."""
+    found = [(name, role or "", list(cells)) for name, role, cells in rows]
+    wide = table("matrix", "<role", *columns)
+    for name, role, cells in found:
+        wide.add_row(name, role, *cells)
+    if not out.is_terminal or natural_width(wide) <= out.width:
+        show(wide)
+        return
+    titles = [column.removeprefix("<") for column in columns]
+    widths = [max(map(len, cells)) for cells in zip(titles, *(cells for _, _, cells in found), strict=True)]
+    own_line = 2 + sum(widths) + 2 * (len(widths) - 1) > out.width
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column.startswith("<") else cell.rjust(width)
+            for cell, width, column in zip(cells, widths, columns, strict=True)
+        ]
+        if own_line:
+            last = f"\n  {titles[-1]} {cells[-1]}" if cells is not titles and cells[-1] else ""
+            return ("  " + "  ".join(padded[:-1])).rstrip() + last
+        return ("  " + "  ".join(padded)).rstrip()
+
+    out.print(line(titles), style="bold", soft_wrap=True)
+    for name, role, cells in found:
+        room = max(20, out.width - len(role) - 2)
+        out.print(f"{shortened(name, room)}  {role}".rstrip(), style="bold", soft_wrap=True)
+        for part in line(cells).split("\n"):
+            out.print(part, soft_wrap=True)
+
+
+def bonds(bond_dims: Sequence[int] | None) -> str:
+    """The inner bonds of an MPO."""
+    return " ".join(map(str, bond_dims[1:-1])) if bond_dims else ""
 
 
 def by_role(modules: Iterable[Any]) -> list[tuple[str | None, list[Any]]]:
@@ -173,16 +253,18 @@ def by_role(modules: Iterable[Any]) -> list[tuple[str | None, list[Any]]]:
 
 
 def notes(modules: Iterable[Any]) -> list[str]:
-    """Why selected matrices were kept, one line for each role and reason, with numbers where they are the same."""
-    grouped: dict[tuple[str, str], list[Any]] = {}
+    """Why selected matrices are what they were, one line for each role and reason, with numbers where they are the
+    same."""
+    grouped: dict[tuple[str, str, str], list[Any]] = {}
     for module in modules:
-        if module.action == "kept" and module.reason and module.reason != "not selected":
-            grouped.setdefault((module.role or "other", module.reason.partition(" (")[0]), []).append(module)
+        if module.reason and module.reason != "not selected":
+            what = "kept dense" if module.action == "kept" else "left as it was"
+            grouped.setdefault((what, module.role or "other", module.reason.partition(" (")[0]), []).append(module)
     lines = []
-    for (role, reason), members in grouped.items():
+    for (what, role, reason), members in grouped.items():
         name = f"{len(members)} {role} matrices" if len(members) > 1 else members[0].name
         full = {member.reason for member in members}
-        lines.append(f"kept dense: {name}: {full.pop() if len(full) == 1 else reason}")
+        lines.append(f"{what}: {name}: {full.pop() if len(full) == 1 else reason}")
     return lines
 
 

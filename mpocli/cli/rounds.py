@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -50,19 +51,43 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
         def finished(record: RoundRecord, metric: str) -> None:
             seen.append(record)
             bar.reset(task, description=f"round {record.round + 1}", total=None, line="")
-            live.update(Group(rounds_table(seen[-_SHOWN:], metric, width=max(12, render.err.width - 80)), bar))
+            live.update(Group(_narrowed(seen[-_SHOWN:], metric), bar))
 
         yield Watch(step, finished)
 
 
-def rounds_table(records: Sequence[RoundRecord], metric: str, *, kept: int | None = None, width: int = 36) -> Table:
+def final_table(records: Sequence[RoundRecord], metric: str, *, kept: int) -> Table:
+    """All columns, with names as long as the terminal has room for."""
+    tables = (rounds_table(records, metric, kept=kept, width=width) for width in (36, 24, 12))
+    return render.first_that_fits(tables)
+
+
+def _narrowed(records: Sequence[RoundRecord], metric: str) -> Table:
+    """As it fits a terminal that is drawn over: shorter names, then fewer columns, never half a number."""
+    fewer = ((), ("true",), ("true", "bound"), ("true", "bound", "from → to", "ratio"))
+    tables = (
+        rounds_table(records, metric, width=width, left_out=left_out) for left_out in fewer for width in (36, 24, 12)
+    )
+    return render.first_that_fits(tables, render.err.width)
+
+
+def rounds_table(
+    records: Sequence[RoundRecord],
+    metric: str,
+    *,
+    kept: int | None = None,
+    width: int = 36,
+    left_out: Collection[str] = (),
+) -> Table:
     """One row a round; the one that was kept is marked. Module names are shortened to `width`."""
-    table = render.table("round", "<bond", "from → to", "bound", "true", "parameters", "ratio", metric, "drop", "<")
+    columns = ("round", "<bond", "from → to", "bound", "true", "parameters", "ratio", metric, "drop", "<")
+    shown = [column not in left_out for column in columns]
+    table = render.table(*compress(columns, shown))
     for record in records:
         what, widths = _bonds(record, width)
         bound, true = (_root(record, name) for name in ("error_bound", "true_error"))
         value = record.metrics.get(metric)
-        table.add_row(
+        cells = (
             str(record.round),
             what,
             widths,
@@ -74,6 +99,7 @@ def rounds_table(records: Sequence[RoundRecord], metric: str, *, kept: int | Non
             f"{record.drop:+.4f}",
             "kept" if record.round == kept else "",
         )
+        table.add_row(*compress(cells, shown))
     return table
 
 

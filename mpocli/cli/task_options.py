@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpocli.cli.options import at_least, one_of
 from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS, Condition, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.task_data import DataOptions
 
 DATA = "Data"
 FILES = "tsv, csv, jsonl, parquet or txt file, or a hub data set as NAME[:CONFIG[:SPLIT]]"
+
+
+def _kind(task: Any) -> str | None:
+    from mpocli.train.tasks import task_named
+
+    return None if task is None else task_named(str(task)).kind
+
+
+# Rows with labels, not one text.
+ROWS_OF_TASK = Condition("--task", test=lambda task: _kind(task) not in (None, "lm"), example="--task sst2")
+_NOT_ONE_TEXT = Condition("--task", test=lambda task: _kind(task) != "lm")
+LABELLED = needs(_NOT_ONE_TEXT, why="a text has no labels", hint="leave it out")
+ROWS = needs(_NOT_ONE_TEXT, why="it reads one text", hint="cut the file, or use --steps")
+WRITTEN = needs(
+    Condition("--task", test=lambda task: _kind(task) in (None, "text2text"), example="--task e2e"),
+    why="no text is written",
+)
 
 TaskName = Annotated[
     str | None,
@@ -24,45 +42,54 @@ TaskName = Annotated[
         help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, boolq, lm, e2e; or classification, regression, "
         "text2text with --text-column and --label-column.",
     ),
+    ALWAYS,
 ]
 Train = Annotated[
-    str | None, typer.Option("--train", metavar="DATA", help=f"To train on: {FILES}.", rich_help_panel=DATA)
+    str | None, typer.Option("--train", metavar="DATA", help=f"To train on: {FILES}.", rich_help_panel=DATA), ALWAYS
 ]
 Eval = Annotated[
     list[str] | None,
     typer.Option("--eval", metavar="DATA", help="To evaluate on. Twice for MNLI: m, mm.", rich_help_panel=DATA),
+    ALWAYS,
 ]
 Test = Annotated[
-    str | None, typer.Option("--test", metavar="DATA", help="Read once, at the very end.", rich_help_panel=DATA)
+    str | None, typer.Option("--test", metavar="DATA", help="Read once, at the very end.", rich_help_panel=DATA), ALWAYS
 ]
 TextColumn = Annotated[
     list[str] | None,
     typer.Option("--text-column", metavar="NAME", help="Of the text; twice for pairs.", rich_help_panel=DATA),
+    ALWAYS,
 ]
 LabelColumn = Annotated[
-    str | None, typer.Option("--label-column", metavar="NAME", help="Of the label or target.", rich_help_panel=DATA)
+    str | None,
+    typer.Option("--label-column", metavar="NAME", help="Of the label or target.", rich_help_panel=DATA),
+    LABELLED,
 ]
 Limit = Annotated[
     int | None,
     typer.Option("--limit", metavar="N", help="Train on N random rows, the same for all seeds.", rich_help_panel=DATA),
+    ROWS,
 ]
 MaxLength = Annotated[
-    int, typer.Option("--max-length", metavar="N", help="Tokens per example, or per window.", rich_help_panel=DATA)
+    int,
+    typer.Option("--max-length", metavar="N", help="Tokens per example, or per window.", rich_help_panel=DATA),
+    ALWAYS,
 ]
 Tokenizer = Annotated[
     str | None,
     typer.Option("--tokenizer", metavar="MODEL", help="Where the checkpoint has none.", rich_help_panel=DATA),
+    ALWAYS,
 ]
 EvalBatch = Annotated[
     int, typer.Option("--eval-batch-size", metavar="N", help="Examples per batch in evaluation.", rich_help_panel=DATA)
 ]
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="Of a text that is written.", rich_help_panel=DATA)
+    int, typer.Option("--max-new-tokens", metavar="N", help="Of a text that is written.", rich_help_panel=DATA), WRITTEN
 ]
 Precision = Annotated[
-    str, typer.Option("--precision", metavar="NAME", help="fp32, bf16 or auto: bf16 on a GPU that has it.")
+    str, typer.Option("--precision", metavar="NAME", help="fp32, bf16 or auto: bf16 on a GPU that has it."), ALWAYS
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto."), ALWAYS]
 
 
 def precision_of(name: str, device: str) -> str:

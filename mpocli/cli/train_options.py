@@ -9,12 +9,14 @@ import typer
 from mpocli.cli.options import at_least, one_of
 from mpocli.cli.task_options import precision_of
 from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS, OF_CORES, OF_CORES_ALONE, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.train.segment import Optimisation
 
 HOW = "How to train"
 TEACHER = "Distillation"
+TAUGHT = needs("--teacher")
 
 Update = Annotated[
     str | None,
@@ -24,53 +26,72 @@ Update = Annotated[
         help="auxiliary, central or all; what is not decomposed is always trained. Default: auxiliary.",
         rich_help_panel=HOW,
     ),
+    OF_CORES_ALONE,
 ]
-Lr = Annotated[float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=HOW)]
+Lr = Annotated[float, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=HOW), ALWAYS]
 MpoLr = Annotated[
-    float | None, typer.Option("--mpo-lr", metavar="X", help="Of the cores. Default: --lr.", rich_help_panel=HOW)
+    float | None,
+    typer.Option("--mpo-lr", metavar="X", help="Of the cores. Default: --lr.", rich_help_panel=HOW),
+    OF_CORES,
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Per process.", rich_help_panel=HOW)]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Per process.", rich_help_panel=HOW), ALWAYS]
 Accumulation = Annotated[
-    int, typer.Option("--accumulation", metavar="N", help="Batches per step.", rich_help_panel=HOW)
+    int, typer.Option("--accumulation", metavar="N", help="Batches per step.", rich_help_panel=HOW), ALWAYS
 ]
 WeightDecay = Annotated[
-    float, typer.Option("--weight-decay", metavar="X", help="AdamW's, of matrices.", rich_help_panel=HOW)
+    float, typer.Option("--weight-decay", metavar="X", help="AdamW's, of matrices.", rich_help_panel=HOW), ALWAYS
 ]
-Clip = Annotated[float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW)]
-Epochs = Annotated[float, typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW)]
+Clip = Annotated[float, typer.Option("--clip", metavar="X", help="Largest gradient norm.", rich_help_panel=HOW), ALWAYS]
+Epochs = Annotated[
+    float,
+    typer.Option("--epochs", metavar="X", help="Passes.", rich_help_panel=HOW),
+    excludes("--steps", hint="leave one of them out"),
+]
 StepCount = Annotated[
-    int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW)
+    int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW), ALWAYS
 ]
-Warmup = Annotated[float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW)]
+Warmup = Annotated[
+    float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW), ALWAYS
+]
 SaveSteps = Annotated[
     int | None,
     typer.Option("--save-steps", metavar="N", help="Steps per checkpoint. Default: a tenth of all, at least 100."),
+    ALWAYS,
 ]
 Teacher = Annotated[
     str | None,
     typer.Option("--teacher", metavar="MODEL", help="Of the same task, to learn from.", rich_help_panel=TEACHER),
+    ALWAYS,
 ]
 DistillWeight = Annotated[
-    float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER)
+    float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER), TAUGHT
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER)
+    float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER), TAUGHT
 ]
-DistillHidden = Annotated[bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER)]
+DistillHidden = Annotated[
+    bool, typer.Option("--distill-hidden", help="Hidden states too.", rich_help_panel=TEACHER), TAUGHT
+]
 RandomBatches = Annotated[
-    bool, typer.Option("--random-batches", help="Do not keep similar lengths together.", rich_help_panel=HOW)
+    bool, typer.Option("--random-batches", help="Do not keep similar lengths together.", rich_help_panel=HOW), ALWAYS
 ]
 GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory: recompute activations.", rich_help_panel=HOW)
+    bool,
+    typer.Option("--gradient-checkpointing", help="Less memory: recompute activations.", rich_help_panel=HOW),
+    ALWAYS,
 ]
 RecomputeWeights = Annotated[
-    bool, typer.Option("--recompute-weights", help="Less memory: rebuild MPO weights twice.", rich_help_panel=HOW)
+    bool,
+    typer.Option("--recompute-weights", help="Less memory: rebuild MPO weights twice.", rich_help_panel=HOW),
+    OF_CORES,
 ]
-LogSteps = Annotated[int, typer.Option("--log-steps", metavar="N", help="Steps per logged loss.")]
+LogSteps = Annotated[int, typer.Option("--log-steps", metavar="N", help="Steps per logged loss."), ALWAYS]
 ReportTo = Annotated[
-    list[str] | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb, … as in the Trainer.")
+    list[str] | None,
+    typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb, … as in the Trainer."),
+    ALWAYS,
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run."), ALWAYS]
 
 
 def check_share(option: str, share: float) -> None:

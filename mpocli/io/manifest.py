@@ -153,6 +153,7 @@ class ModuleEntry:
     """One decomposed weight in the manifest: its structure and what was measured when it was made.
 
     `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of the stored cores against the matrix they came from,
+    which is the MPO in the weight files of sha256 `measured_against` where that was truncated again,
     `discarded_weight` = ε_k² per inner bond in units of W², `center` the canonical centre or None.
     None stands for "not known" (a manifest rebuilt from `config.json`).
     """
@@ -166,6 +167,7 @@ class ModuleEntry:
     center: int | None = None
     shared_central: str | None = None
     mask: str | None = None
+    measured_against: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -194,6 +196,7 @@ class ModuleEntry:
             "router": spec.router,
             "shared_central": self.shared_central,
             "mask": self.mask,
+            **({"measured_against": self.measured_against} if self.measured_against else {}),
         }
 
     @classmethod
@@ -218,6 +221,7 @@ class ModuleEntry:
             center=None if data.get("center") is None else int(data["center"]),
             shared_central=data.get("shared_central"),
             mask=data.get("mask"),
+            measured_against=data.get("measured_against"),
         )
 
 

@@ -50,21 +50,6 @@ class Budget:
             )
         if self.max_error is not None and not 0 < self.max_error < 1:
             raise UsageError(f"--max-error {self.max_error}: a relative error between 0 and 1", hint="such as 0.1")
-        if self.sequential and self.calibration is None:
-            raise UsageError("--sequential looks at activations, and there is no --calibrate")
-        if self.max_error is not None and self.sequential:
-            raise UsageError(
-                "--sequential with --max-error: the bound is on the errors for the dense model's inputs",
-                hint="leave --sequential out, or name a size: --ratio, --max-bytes",
-            )
-        if self.max_error is not None and self.sensitivity:
-            raise UsageError("--sensitivity with --max-error: one bound holds for all", hint="leave it out")
-        if self.sensitivity and self.calibration is None:
-            raise UsageError("--sensitivity measures on text, and there is no --calibrate")
-        if self.compare and self.calibration is None:
-            raise UsageError("--compare measures on text, and there is no --calibrate")
-        if self.allocation == "uniform" and self.ratio is None:
-            raise UsageError("--allocation uniform gives every matrix the same ratio, and there is no --ratio")
 
     @property
     def probes(self) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
+from mpocli.io.manifest import MPOSpec
 from mpocli.methods.budget import Budget
 from mpocli.methods.solution import Solution
+from mpocli.modes import OF_DENSE, check_model, of_role
 from mpocli.mpo import SiteShape, Truncation, site_shape
 
 DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
+MPO_ALREADY = "is an MPO already"
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,17 @@ class DecomposeConfig:
     """Options of `mpocli decompose`; `trunc` and its kin cap bond dimensions, None everywhere is lossless."""
 
     trunc: int | None = None
-    emb_trunc: int | None = None
-    attention_trunc: int | None = None
-    ffn_trunc: int | None = None
-    pooler_trunc: int | None = None
+    emb_trunc: Annotated[int | None, of_role("embedding")] = None
+    attention_trunc: Annotated[int | None, of_role("attention")] = None
+    ffn_trunc: Annotated[int | None, of_role("ffn")] = None
+    pooler_trunc: Annotated[int | None, of_role("pooler")] = None
     rel_tol: float | None = None
-    sites: int = 5
-    shapes: tuple[tuple[str, SiteShape], ...] = ()
+    sites: Annotated[int, OF_DENSE] = 5
+    shapes: Annotated[tuple[tuple[str, SiteShape], ...], OF_DENSE] = ()
     layers: tuple[str, ...] | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    when_larger: Literal["keep", "decompose"] | None = None
+    when_larger: Annotated[Literal["keep", "decompose"] | None, OF_DENSE] = None
     gauge: Literal["canonical", "symmetric"] = "canonical"
     dtype: str | None = None
     device: str = "cpu"
@@ -75,8 +78,8 @@ class DecomposeConfig:
 class WeightPlan:
     """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`.
 
-    With a budget `bonds` are decided too, and `solution` holds the cores. Until then `sites` only says that it may be
-    decomposed.
+    `bonds` are decided for an MPO that is cut again; with a budget too, when `solution` holds the cores. Until then
+    `sites` only says that it may be decomposed.
     """
 
     weight: Weight
@@ -99,6 +102,14 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
     if not chosen:
         have = sorted({role for weight in weights for role in weight.roles})
         raise InputError("no weight matrix is selected", hint=f"this model has the roles {', '.join(have) or 'none'}")
+    dense = [weight for weight in chosen if weight.entry is None]
+    traits = {*(weight.role or "" for weight in chosen), *(["dense matrices"] if dense else [])}
+    check_model(config, checkpoint.source.name, traits)
+    if config.budget is not None and not dense:
+        raise InputError(
+            f"{checkpoint.source.name}: all {len(chosen)} matrices that are chosen are MPOs, which no plan takes apart",
+            hint="truncate them with --trunc or --rel-tol, or run mpocli merge and plan anew",
+        )
     for glob, _ in config.shapes:
         if not any(fnmatchcase(member.name, glob) for weight in chosen for member in weight.members):
             select(weights, layers=None, targets=(glob,), ignore=(), default_roles=(), target_option="--shape")
@@ -109,7 +120,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
         if weight not in chosen:
             plans.append(WeightPlan(weight, None, truncation, "not selected"))
         elif weight.entry is not None:
-            plans.append(WeightPlan(weight, None, truncation, "is an MPO already"))
+            plans.append(_again(checkpoint, config, weight, weight.entry.spec))
         elif weight.obstacle:
             plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
         else:
@@ -121,6 +132,25 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
             plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))
     return plans
+
+
+def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec: MPOSpec) -> WeightPlan:
+    """What is to be done with an MPO: its bonds are cut where that is asked for, and nothing else is."""
+    cap, widest = config.cap(weight.role), max(spec.bond_dims)
+    reason = ""
+    if config.budget is not None:
+        reason = ", which no plan takes apart"
+    elif spec.experts:
+        reason = " of experts, whose bonds are not cut"
+    elif any(weight.key_of(core) in checkpoint.encodings for core in spec.core_shapes()):
+        reason = ", whose zeros a cut would fill"
+    elif not config.rel_tol and cap is not None and cap >= widest:
+        reason = f", with bonds of at most {widest}"
+    if reason or not (config.rel_tol or cap is not None):
+        return WeightPlan(weight, None, Truncation(), MPO_ALREADY + reason)
+    caps = tuple(bond if cap is None else min(bond, cap) for bond in spec.bond_dims[1:-1])
+    bonds = spec.sites.capped_bond_dims(caps)
+    return WeightPlan(weight, spec.sites, Truncation(bonds[1:-1], config.rel_tol), bonds=bonds)
 
 
 def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:

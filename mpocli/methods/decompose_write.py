@@ -16,14 +16,17 @@ from mpocli.hf.targets import Weight
 from mpocli.io.encoding import BITMASK, Encoding, add_encoded
 from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
 from mpocli.io.writer import Sink
-from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan, why_larger
+from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
+from mpocli.methods.merge import read_mpo
 from mpocli.methods.solution import Solution
 from mpocli.mpo import (
     MPO,
     SiteShape,
+    Truncation,
     chain_macs,
     choose_path,
+    compress,
     decompose,
     rebuild_macs,
     stored_error,
@@ -37,7 +40,8 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class ModuleReport:
     """What became of one weight matrix. `params` and `dense_params` count elements, `relative_error` is
-    ‖W−Ŵ‖_F/‖W‖_F of what is stored (None in a dry run, 0 for a kept matrix)."""
+    ‖W−Ŵ‖_F/‖W‖_F of what is stored (None in a dry run, 0 for a kept matrix), W the dense matrix, or the MPO that was
+    truncated again."""
 
     name: str
     role: str | None
@@ -57,6 +61,7 @@ class ModuleReport:
     weighted_error: float | None = None  # in the norm of the inputs, where there was calibration data
     path: str | None = None  # how the forward pass computes it, and what that costs a token
     macs: int | None = None
+    cut_from: tuple[int, ...] | None = None  # the bonds of an MPO that was truncated again
 
 
 class Decomposer:
@@ -84,6 +89,7 @@ class Decomposer:
         reader = self.checkpoint.reader
         jobs = {plan.weight.key: plan for plan in self.plans if plan.sites is not None}
         followers = {name for plan in jobs.values() for name in plan.weight.follower_keys}
+        followers |= {core for plan in jobs.values() for core in _core_keys(plan.weight)}
         finished = 0
         for key in reader:
             if key == SIGNPOST or key in followers:
@@ -98,7 +104,7 @@ class Decomposer:
                 self.progress(finished, len(jobs), plan.weight.name)
             if cores is None:
                 self._pass(sink, key)
-                for name in plan.weight.follower_keys:
+                for name in (*_core_keys(plan.weight), *plan.weight.follower_keys):
                     if name in reader:
                         sink.add(name, self._converted(name))
                 continue
@@ -150,6 +156,8 @@ class Decomposer:
             return [torch.empty(shape, dtype=dtype, device="meta") for shape in spec.core_shapes().values()]
         if plan.solution is not None:
             return self._solved(plan.solution, weight, dtype)
+        if weight.entry is not None:
+            return self._cut_again(weight, weight.entry, plan.truncation, dtype)
         matrix = weight.oriented(self.checkpoint.reader.read(weight.key).to(self.device))
         mpo, error = decompose(matrix, sites, plan.truncation, name=weight.key)
         if self.config.keeps_larger and (reason := why_larger(mpo.num_params, weight)):
@@ -170,6 +178,37 @@ class Decomposer:
             relative_error=difference / norm if norm else 0.0,
             discarded_weight=error.discarded_weight,
             center=center,
+        )
+        return [core.cpu() for core in mpo.cores]
+
+    def _cut_again(
+        self, weight: Weight, entry: ModuleEntry, truncation: Truncation, dtype: torch.dtype
+    ) -> list[Tensor] | None:
+        """The cores of an MPO with narrower bonds; None where its bonds stay as they are.
+
+        Training may have moved them out of any canonical form, which `compress` restores. The error refers to the
+        MPO that came in, whose own error against a dense matrix may be unknown.
+        """
+        before = read_mpo(self.checkpoint.reader, weight)
+        mpo, error = compress(before.to(device=self.device), truncation)
+        if mpo.bond_dims == before.bond_dims:
+            self.kept_reason[weight.name] = f"{MPO_ALREADY}, and no bond can be cut within --rel-tol"
+            return None
+        if self.config.gauge == "symmetric":
+            mpo = symmetric_gauge(mpo)
+        center = mpo.center
+        names = _core_keys(weight)
+        mpo = MPO(tuple(cast(core, dtype, name) for core, name in zip(mpo.cores, names, strict=True)), mpo.shape)
+        difference, norm = stored_error(before.to(dtype=torch.float64, device=self.device).to_matrix(), mpo)
+        self.done[weight.name] = replace(
+            entry,
+            role=entry.role or weight.role,
+            spec=replace(entry.spec, bond_dims=mpo.bond_dims),
+            dtype=dtype_name(dtype),
+            relative_error=difference / norm if norm else 0.0,
+            discarded_weight=error.discarded_weight,
+            center=center,
+            measured_against=self.checkpoint.reader.sha256,
         )
         return [core.cpu() for core in mpo.cores]
 
@@ -241,7 +280,14 @@ class Decomposer:
             weighted_error=solution.weighted_error if solution else None,
             path=cost[0] if cost else None,
             macs=cost[1] if cost else None,
+            cut_from=weight.entry.spec.bond_dims if made and weight.entry else None,
         )
+
+
+def _core_keys(weight: Weight) -> list[str]:
+    """The cores of a weight that is an MPO already, as the files name them."""
+    cores = weight.entry.spec.core_shapes() if weight.entry else ()
+    return [weight.key_of(core) for core in cores]
 
 
 def forward_cost(spec: MPOSpec, tokens: int = 256) -> tuple[str, int]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_trained
@@ -22,9 +22,10 @@ from mpocli.methods import overparam
 from mpocli.methods.overparam import Overparam, OverparamReport
 from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
 from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of
-from mpocli.methods.student_experts import RoutingChanges, apply_routing, gradient_mask, router_report
+from mpocli.methods.student_experts import RoutingChanges, apply_routing, gradient_mask, router_report, traits
 from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
 from mpocli.methods.teacher import distillation_of
+from mpocli.modes import OF_CORES, OF_CORES_ALONE, check_model
 from mpocli.train.best import KeepBest
 from mpocli.train.processes import on_first, set_seed
 from mpocli.train.segment import (
@@ -50,7 +51,7 @@ class FinetuneConfig:
 
     data: DataOptions
     optimisation: Optimisation = field(default_factory=Optimisation)
-    update: str | None = None
+    update: Annotated[str | None, OF_CORES_ALONE] = None
     epochs: float = 3.0
     steps: int | None = None
     select: str = "last"
@@ -58,7 +59,7 @@ class FinetuneConfig:
     distill_weight: float = 0.5
     temperature: float = 2.0
     distill_hidden: bool = False
-    recompute_weights: bool = False
+    recompute_weights: Annotated[bool, OF_CORES] = False
     overparam: Overparam | None = None
     raise_layers: tuple[str, ...] = ()
     routing: RoutingChanges = field(default_factory=RoutingChanges)
@@ -136,8 +137,7 @@ def run(
     begun = begin(model, config, out, overwrite=overwrite, resume=resume)
     checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
     _check_overparam(config, checkpoint, model)
-    if config.update in ("auxiliary", "central") and not checkpoint.is_mpo:
-        raise UsageError(f"--update {config.update}: {model} has no MPOs", hint="leave it out, or run mpocli decompose")
+    check_model(config, model, _traits(checkpoint, config))
     done = last_checkpoint(training) if begun.goes_on else None
     data = prepare(checkpoint, config.data, needs_train=True, holdout=config.select == "best")
     schedule, steps = learning_schedule(config, len(data.train), state.num_processes)
@@ -153,6 +153,7 @@ def run(
     raised = _raised(student, checkpoint, config)
     if config.overparam is not None:  # before the hours, not after
         overparam.check(student, checkpoint, config.overparam)
+        overparam.check_steps(config.overparam, steps)
     callbacks: list[Any] = [MetricsFile(training / METRICS), *([Steps(progress)] if progress else [])]
     callbacks += gradient_mask(student, routing, config.optimisation.seed)
     if config.select == "best":
@@ -257,6 +258,12 @@ def run(
     return report
 
 
+def _traits(checkpoint: Checkpoint, config: FinetuneConfig) -> set[str]:
+    """What a run trains that options may be about: a dense model's matrices can be made cores, or train like them."""
+    made = config.overparam is not None or bool(config.raise_layers)
+    return traits(checkpoint) | ({"cores"} if made else set())
+
+
 def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str) -> None:
     if config.overparam is None:
         return
@@ -267,10 +274,6 @@ def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str)
             f"{model}: is sparse, and MPOs that are folded back would fill its zeros",
             hint="over-parameterise first, then run mpocli sparsify",
         )
-    if config.update not in (None, "all"):
-        raise UsageError(f"--update {config.update} with --overparam: all cores are trained", hint="leave it out")
-    if config.select == "best":
-        raise UsageError("--select best with --overparam: shapes change in between", hint="leave one of them out")
 
 
 def _raised(student: Any, checkpoint: Checkpoint, config: FinetuneConfig) -> dict[str, float]:

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
 from mpocli.io.checkpoint import CheckpointReader, file_sha256
-from mpocli.io.manifest import MANIFEST, MPOSpec, Totals
+from mpocli.io.manifest import MANIFEST, ModuleEntry, MPOSpec, Totals
 from mpocli.methods.merge import read_mpo
 from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_shape, stored_error
 from mpocli.sparse import bitmask_bytes
@@ -53,6 +56,7 @@ class ModuleView:
     zeros: int | None = None
     singular_values: tuple[tuple[float, ...], ...] | None = None
     entropy_nats: tuple[float, ...] | None = None
+    measured_against: str | None = None  # sha256 of the MPO's weights that the error refers to, None for a dense matrix
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ def _view(weight: Weight) -> ModuleView:
         experts=spec.experts,
         shared_params=spec.central_params if spec.experts and spec.share == "central" else 0,
         expert_params=_expert_params(spec, dense),
+        measured_against=weight.entry.measured_against,
     )
 
 
@@ -237,6 +242,21 @@ def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sit
     )
 
 
+def _refers_to(entry: ModuleEntry, origin: Checkpoint, original: Weight | None) -> bool:
+    """Whether an error was measured against this input of the chain of commands, and not against another one."""
+    if entry.measured_against is not None:
+        return entry.measured_against == origin.reader.sha256
+    return original is None or original.entry is None
+
+
+def _matrix(checkpoint: Checkpoint, weight: Weight) -> Tensor:
+    """A weight in its module's orientation, whether it is stored dense or as cores."""
+    assert weight.key is not None
+    if weight.entry is not None:
+        return read_mpo(checkpoint.reader, weight).to(dtype=torch.float64).to_matrix()
+    return weight.oriented(checkpoint.reader.read(weight.key))
+
+
 def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None) -> tuple[tuple[str, ...], int]:
     """Problems found, and how many things were checked. Shapes were checked on opening."""
     manifest, directory = checkpoint.manifest, checkpoint.source.directory
@@ -279,13 +299,17 @@ def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None)
         defect = canonical_defect(mpo)
         if defect > _CANONICAL_TOLERANCE.get(weight.entry.dtype, 1e-5):
             problems.append(f"{weight.name}: claims canonical cores around {mpo.center}, off by {defect:.1e}")
-        if origin is not None and weight.entry.relative_error is not None:
+        original = originals.get(weight.name)
+        if (
+            origin is not None
+            and weight.entry.relative_error is not None
+            and _refers_to(weight.entry, origin, original)
+        ):
             checks += 1
-            original = originals.get(weight.name)
-            if original is None or original.key is None or original.entry is not None:
-                problems.append(f"{weight.name}: {base} has no such dense weight")
+            if original is None or original.key is None:
+                problems.append(f"{weight.name}: {base} has no such weight")
             else:
-                matrix = weight.oriented(origin.reader.read(original.key))
+                matrix = _matrix(origin, original)
                 difference, norm = stored_error(matrix, mpo)
                 error = difference / norm if norm else 0.0
                 if abs(error - weight.entry.relative_error) > 1e-6 * max(1.0, error):

@@ -195,7 +195,7 @@ def train(model: Any, run: Run, options: Overparam, *, resume: bool) -> Overpara
     if done is None:
         _save(run, chain, score_steps, model)
     budget = run.steps - score_steps
-    every = options.every or max(1, math.ceil(budget / (2 * options.splits)))
+    every = _interval(options, budget)
     while chain.step < budget:
         taken = [expanded.module for expanded in chain.expanded]
         splits_done = len({expanded.step for expanded in chain.expanded})
@@ -208,6 +208,36 @@ def train(model: Any, run: Run, options: Overparam, *, resume: bool) -> Overpara
             chain = _expanded(replace(chain, scores=scores), model, groups, options, chosen, scores)
         _save(run, chain, score_steps, model)
     return _folded(run, model, chain, options, score_steps)
+
+
+def check_steps(options: Overparam, steps: int) -> None:
+    """`UsageError` where a run of so many steps has no room for every portion, or for training after the scores."""
+    if options.method == "static" and options.score_from is None and _scoring_steps(options, steps) >= steps:
+        raise UsageError(
+            f"--score-steps {_scoring_steps(options, steps)} of {steps} steps: none are left to train in",
+            hint="lower --score-steps, or train for more steps",
+        )
+    if options.method != "dynamic":
+        return
+    last = options.splits * _interval(options, steps)
+    if last >= steps:
+        every = f"--every {options.every} with " if options.every else ""
+        raise UsageError(
+            f"{every}--splits {options.splits}: the last portion would come after step {last} of {steps}",
+            hint=f"choose --every {(steps - 1) // options.splits} or less"
+            if options.every and steps > options.splits
+            else "lower --splits, or train for more steps",
+        )
+
+
+def _interval(options: Overparam, budget: int) -> int:
+    """Steps between two portions."""
+    return options.every or max(1, math.ceil(budget / (2 * options.splits)))
+
+
+def _scoring_steps(options: Overparam, steps: int) -> int:
+    """Of a run's steps, those that train a copy for the scores."""
+    return options.score_steps if options.score_steps is not None else max(1, steps // 4)
 
 
 def _portion(options: Overparam, done: int) -> int:
@@ -320,7 +350,7 @@ def _static_scores(run: Run, options: Overparam, groups: Mapping[str, Sequence[s
     else:
         # What is new in it was told of when the model itself was loaded.
         copy = load_student(run.checkpoint, run.data, trust_remote_code=run.trust_remote_code, warn=lambda line: None)
-        steps = options.score_steps if options.score_steps is not None else max(1, run.steps // 4)
+        steps = _scoring_steps(options, run.steps)
         chosen, directory = run.optimisation, run.directory / _SCORING
         trainer = SegmentTrainer(
             *(copy, run.data.train, run.data.collator(chosen.seed), chosen),

@@ -91,26 +91,15 @@ def check_options(config: SparsifyConfig) -> None:
             f"--pattern {config.pattern} is a sparsity of {fixed:g}, --sparsity says {config.sparsity:g}",
             hint="leave --sparsity out",
         )
-    if config.scope == "global" and (config.pattern.group is not None or method in CALIBRATED):
-        what = f"--pattern {config.pattern}" if config.pattern.group is not None else f"--method {method}"
-        raise UsageError(f"--scope global with {what}: it compares inside rows", hint="use --scope matrix")
     if method in _LEARNT and not config.trains:
         raise UsageError(
             f"--method {method} learns what to prune, and there is no --train",
             hint="name --task and --train, or use --method magnitude, wanda or sparsegpt",
-        )
-    if method in CALIBRATED and config.trains:
-        raise UsageError(
-            f"--method {method} needs no training", hint="leave --train out; mpocli finetune keeps the zeros afterwards"
         )
     if method in CALIBRATED and config.calibration is None:
         raise UsageError(
             f"--method {method} looks at activations, and there is no --calibrate",
             hint="name a text file: --calibrate wiki.train.txt",
         )
-    if method not in CALIBRATED and config.calibration is not None:
-        raise UsageError(f"--calibrate with --method {method}: it looks at no activations", hint="leave it out")
-    if config.teacher and not config.trains:
-        raise UsageError("--teacher without --train: nothing is trained", hint="name --train, or leave it out")
     if config.trains:
         config.schedule(100)  # its own errors

@@ -58,10 +58,6 @@ def check_options(config: SqueezeConfig) -> None:
             "nothing says when to stop",
             hint="pass --max-drop 0.01, --rounds 20, --target-ratio 0.5, --target-params or --target-bytes",
         )
-    if config.direct and all(target is None for target in targets):
-        raise UsageError("--direct truncates to a target, and there is none", hint="pass --target-params N")
-    if config.direct and config.order == "sensitivity":
-        raise UsageError("--direct ranks by spectra alone", hint="use --order error or entropy")
 
 
 def target_params(config: SqueezeConfig, before: Totals, itemsize: int) -> int | None:

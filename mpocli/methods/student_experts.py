@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from mpocli.errors import UsageError
+from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.routing import RoutingConfig, routers
+from mpocli.modes import OF_EXPERTS, OF_SHARED
 from mpocli.nn.router import Statistics
 from mpocli.train.gradient_mask import GradientMask
 from mpocli.train.router_statistics import TrainingStatistics
@@ -17,13 +18,24 @@ from mpocli.train.router_statistics import TrainingStatistics
 class RoutingChanges:
     """What `finetune` is told to do otherwise than the checkpoint says; None leaves it."""
 
-    mask_prob: float | None = None
-    balance_loss: float | None = None
-    z_loss: float | None = None
-    capacity_factor: float | None = None
+    mask_prob: Annotated[float | None, OF_SHARED] = None
+    balance_loss: Annotated[float | None, OF_EXPERTS] = None
+    z_loss: Annotated[float | None, OF_EXPERTS] = None
+    capacity_factor: Annotated[float | None, OF_EXPERTS] = None
 
     def given(self) -> dict[str, float]:
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def traits(checkpoint: Checkpoint) -> set[str]:
+    """What a checkpoint has that options may be about: `cores`, `experts`, `shared cores`."""
+    specs = [module.spec for module in checkpoint.manifest.modules] if checkpoint.manifest else []
+    found = {
+        "cores": any(spec.share != "dense" for spec in specs),
+        "experts": any(spec.experts for spec in specs),
+        "shared cores": any(spec.experts and spec.share == "central" for spec in specs),
+    }
+    return {name for name, has in found.items() if has}
 
 
 def has_experts(model: Any) -> bool:
@@ -31,15 +43,9 @@ def has_experts(model: Any) -> bool:
 
 
 def apply_routing(model: Any, changes: RoutingChanges) -> RoutingConfig | None:
-    """Give a loaded model's routers other options, which are then stored with it. None where it has no experts.
-
-    Raises `UsageError` for changes to a model without experts.
-    """
+    """Give a loaded model's routers other options, which are then stored with it. None where it has no experts."""
     given = changes.given()
     if not has_experts(model):
-        if given:
-            option = f"--{next(iter(given)).replace('_', '-')}"
-            raise UsageError(f"{option}: the model has no experts", hint="run mpocli expand-moe first")
         return None
     stored = model.config.quantization_config
     routing = RoutingConfig.from_dict({**stored.routing, **given})

@@ -135,8 +135,6 @@ def prepare(
     _ = vocabulary.mask if family == "masked" else vocabulary.pad  # looked up before anything slow
     written = options.max_new_tokens if task.kind == "text2text" and family == "causal" else 0
     _check_length(checkpoint, options.max_length, written)
-    if task.kind == "lm" and options.limit is not None:
-        raise UsageError("--limit counts rows, and --task lm reads one text", hint="cut the file, or use --steps")
     train_source = options.train or (task.hub if needs_train else "")
     if needs_train and not train_source:
         raise UsageError(f"--task {task.name} needs --train FILE", hint="name a tsv, csv, jsonl, parquet or txt file")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from mpocli.errors import InputError, NumericsError, UsageError
 from mpocli.io.disk import is_no_room
+from mpocli.modes import OF_CORES
 from mpocli.train.distill import Distillation
 from mpocli.train.moments import Moments, put_moments
 from mpocli.train.predictions import predictions, shifted, shifts_labels
@@ -44,7 +45,7 @@ class Optimisation:
     """How to optimise: the options of `finetune` that are about steps, not about data."""
 
     lr: float = 1e-4
-    mpo_lr: float | None = None
+    mpo_lr: Annotated[float | None, OF_CORES] = None
     weight_decay: float = 0.0
     warmup: float = 0.06
     clip: float = 1.0

@@ -67,7 +67,10 @@ USAGE = {
     "size in an unknown unit": (["--max-shard-size", "5iB"], "'5iB'"),
     "share that is no number": (["--ratio", "half"], "--ratio 'half'"),
     "share of a hundred": (["--ratio", "60"], "--ratio 60.0"),
-    "calibration without a budget": (["--calibrate", "x.txt"], "--calibrate with no budget"),
+    "calibration without a budget": (
+        ["--calibrate", "x.txt"],
+        "--calibrate without --ratio, --max-bytes or --max-error",
+    ),
     "task that the hub has no rows of": (["--ratio", "50%", "--calibrate", "e2e"], "--calibrate e2e"),
     "seed that is no number": (["--seed", "x"], "'--seed'"),
 }
@@ -98,8 +101,8 @@ def test_an_unknown_command_is_a_usage_error(refuses: Callable[..., str]) -> Non
 def test_merge_and_inspect_check_their_options_too(mpo: Path, refuses: Callable[..., str]) -> None:
     refuses(2, ["merge", mpo, "--dtype", "float8"], "'float8'")
     refuses(2, ["merge", mpo, "--max-shard-size", "big"], "'big'")
-    refuses(2, ["inspect", mpo, "--sites", "1"], "--sites 1")
-    refuses(2, ["inspect", mpo, "--sites", "13"], "the largest is 12")
+    refuses(2, ["inspect", mpo, "--spectrum", "--sites", "1"], "--sites 1")
+    refuses(2, ["inspect", mpo, "--spectrum", "--sites", "13"], "the largest is 12")
     refuses(2, ["inspect", mpo, "--base", mpo], "--base", "--verify")
 
 

@@ -303,6 +303,9 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "roles without matrices": (["--overparam", "svd", "--layers", "pooler", "--shape", "*x=4,8x8,4"], 2, "'*x'"),
     "shape of another size": (["--overparam", "svd", "--shape", "*query=4,4x8,4"], 3, "query"),
     "more splits than matrices": (["--overparam", "dynamic", "--top-n", 1, "--splits", 2], 2, "--splits"),
+    "a portion too late": (["--overparam", "dynamic", "--every", 6], 2, "--every 6 with --splits 2: the last portion"),
+    "more portions than steps": (["--overparam", "dynamic", "--splits", 3, "--steps", 3], 2, "--splits 3"),
+    "only scores": (["--overparam", "static", "--score-steps", 12], 2, "--score-steps 12 of 12 steps"),
     "one site": (["--overparam", "static", "--sites", 1], 2, "--sites"),
     "frozen cores": (["--overparam", "svd", "--update", "all", "--select", "best"], 2, "--select"),
 }

@@ -14,7 +14,7 @@ from mpocli.cli import budget_options as plan
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli.options import at_least, one_of
-from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS, Without, excludes, needs, of_role
 
 if TYPE_CHECKING:
     from mpocli.methods.compare import Compared
@@ -23,8 +23,18 @@ if TYPE_CHECKING:
 
 SIZE = "How far to truncate"
 WHICH = "Which matrices"
+UNPLANNED = excludes(*plan.BUDGETS, why="the planner chooses shapes and bonds")
 
-Sites = Annotated[int, typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH)]
+Sites = Annotated[
+    int,
+    typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH),
+    needs(
+        "--shapes paper",
+        Without(plan.BUDGETS),
+        why="the planner chooses the shapes",
+        hint="choose --shapes paper, or leave it out",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -33,21 +43,23 @@ Layers = Annotated[
         help="embedding, attention, ffn, pooler, head. Default: the first four.",
         rich_help_panel=WHICH,
     ),
+    ALWAYS,
 ]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
         "--target", metavar="GLOB", help="Modules by name; '*' crosses dots. Repeatable.", rich_help_panel=WHICH
     ),
+    ALWAYS,
 ]
 Ignored = Annotated[
     list[str] | None,
     typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
+    ALWAYS,
 ]
 
 
 def command(
-    context: typer.Context,
     model: options.Model,
     out: options.Out = None,
     trunc: Annotated[
@@ -55,18 +67,31 @@ def command(
         typer.Option(
             "--trunc", metavar="N", help="Cap on every bond dimension. Default: none, lossless.", rich_help_panel=SIZE
         ),
+        UNPLANNED,
     ] = None,
     emb_trunc: Annotated[
-        int | None, typer.Option("--emb-trunc", metavar="N", help="The cap of embeddings.", rich_help_panel=SIZE)
+        int | None,
+        typer.Option("--emb-trunc", metavar="N", help="The cap of embeddings.", rich_help_panel=SIZE),
+        UNPLANNED,
+        of_role("embedding"),
     ] = None,
     attention_trunc: Annotated[
-        int | None, typer.Option("--attention-trunc", metavar="N", help="Of attention.", rich_help_panel=SIZE)
+        int | None,
+        typer.Option("--attention-trunc", metavar="N", help="Of attention.", rich_help_panel=SIZE),
+        UNPLANNED,
+        of_role("attention"),
     ] = None,
     ffn_trunc: Annotated[
-        int | None, typer.Option("--ffn-trunc", metavar="N", help="Of feed-forward layers.", rich_help_panel=SIZE)
+        int | None,
+        typer.Option("--ffn-trunc", metavar="N", help="Of feed-forward layers.", rich_help_panel=SIZE),
+        UNPLANNED,
+        of_role("ffn"),
     ] = None,
     pooler_trunc: Annotated[
-        int | None, typer.Option("--pooler-trunc", metavar="N", help="Of the pooler.", rich_help_panel=SIZE)
+        int | None,
+        typer.Option("--pooler-trunc", metavar="N", help="Of the pooler.", rich_help_panel=SIZE),
+        UNPLANNED,
+        of_role("pooler"),
     ] = None,
     rel_tol: Annotated[
         float | None,
@@ -77,6 +102,7 @@ def command(
             help="Largest relative Frobenius error of each matrix, before rounding to the stored dtype; "
             "a cap wins over it.",
         ),
+        UNPLANNED,
     ] = None,
     when_larger: Annotated[
         str | None,
@@ -86,6 +112,7 @@ def command(
             rich_help_panel=SIZE,
             help="A matrix whose MPO is larger than itself. Default: keep if anything is truncated, else decompose.",
         ),
+        UNPLANNED,
     ] = None,
     ratio: plan.Ratio = None,
     max_bytes: plan.MaxBytes = None,
@@ -100,11 +127,11 @@ def command(
     sequential: plan.Sequential = False,
     compare: plan.Compare = False,
     sensitivity: plan.Sensitivity = None,
-    task: task_.TaskName = None,
-    text_column: task_.TextColumn = None,
-    label_column: task_.LabelColumn = None,
-    max_length: task_.MaxLength = 128,
-    tokenizer: task_.Tokenizer = None,
+    task: Annotated[task_.TaskName, plan.CALIBRATED] = None,
+    text_column: Annotated[task_.TextColumn, plan.CALIBRATED] = None,
+    label_column: Annotated[task_.LabelColumn, plan.CALIBRATED, plan.OF_ROWS] = None,
+    max_length: Annotated[task_.MaxLength, plan.CALIBRATED, plan.OF_ROWS] = 128,
+    tokenizer: Annotated[task_.Tokenizer, plan.CALIBRATED] = None,
     sites: Sites = 5,
     layers: Layers = None,
     target: Targets = None,
@@ -117,17 +144,24 @@ def command(
             rich_help_panel=WHICH,
             help="Site dimensions, rows x columns, as '*query=3,4,4,4,4x4,4,4,4,3'. Repeatable.",
         ),
+        UNPLANNED,
     ] = None,
     gauge: Annotated[
-        str, typer.Option("--gauge", metavar="canonical|symmetric", help="Where the singular values sit in the cores.")
+        str,
+        typer.Option("--gauge", metavar="canonical|symmetric", help="Where the singular values sit in the cores."),
+        UNPLANNED,
     ] = "canonical",
     dtype: options.Dtype = None,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto."), ALWAYS
+    ] = "cpu",
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Of the samples that are drawn; recorded in the manifest.")
+        int,
+        typer.Option("--seed", metavar="N", help="Of the samples that are drawn; recorded in the manifest."),
+        ALWAYS,
     ] = 0,
     max_shard_size: options.ShardSize = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exact sizes, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exact sizes, write nothing."), ALWAYS] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     revision: options.Revision = None,
@@ -165,7 +199,6 @@ def command(
     shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
     calibrate, task = plan.named_task(calibrate, task)
     budget = plan.parse(
-        options.given(context),
         ratio=ratio,
         max_bytes=max_bytes,
         max_error=max_error,
@@ -181,8 +214,6 @@ def command(
         seq_len=seq_len,
         data=plan.data(task, text_column, label_column, max_length, tokenizer, seed),
     )
-    if budget is not None:
-        _refuse_fixed(options.given(context))
     site_shapes = options.parse_shapes(shape or [])
     destination = out or options.default_out(model, "mpo")
     if not dry_run:
@@ -233,7 +264,7 @@ def _name_the_planner(
     """What truncating every bond alike costs before any training, and the command that reaches the same size."""
     from mpocli.cli import render
 
-    made = [module for module in report.modules if module.action == "mpo" and module.reason != "is an MPO already"]
+    made = [module for module in report.modules if module.action == "mpo" and not module.reason and not module.cut_from]
     chosen = [*made, *(module for module in report.modules if "larger" in module.reason)]
     after, before = sum(m.params for m in chosen), sum(m.dense_params for m in chosen)
     if not made or not 0.001 < after / before < 0.999:
@@ -251,27 +282,6 @@ def _name_the_planner(
     words += [word for glob in ignore for word in ("--ignore", glob)]
     line = f"the same size, planned on your text: {shlex.join(words)} --calibrate TEXT"
     render.err.print(line, style="dim")
-
-
-def _refuse_fixed(given: set[str]) -> None:
-    """`UsageError` for an option that fixes what the planner is asked to choose."""
-    fixed = (
-        "trunc",
-        "emb_trunc",
-        "attention_trunc",
-        "ffn_trunc",
-        "pooler_trunc",
-        "rel_tol",
-        "when_larger",
-        "shape",
-        "gauge",
-    )
-    for name in fixed:
-        if name in given:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} with a budget: the planner chooses shapes and bonds", hint=f"leave {option} out"
-            )
 
 
 def show(report: DecomposeReport) -> None:
@@ -295,6 +305,7 @@ def show(report: DecomposeReport) -> None:
             _over(statistics.mean, known, made),
             *((_worst_output(made),) if outputs else ()),
         )
+    cut = [module for module in report.modules if module.cut_from is not None]
     forms = Counter(module.form for module in report.modules if module.form)
     totals = report.totals
     rest = totals.dense_params - sum(module.dense_params for module in report.modules)
@@ -313,6 +324,8 @@ def show(report: DecomposeReport) -> None:
             "   (ratio = parameters after / dense: below 1 is smaller)",
         )
     )
+    if cut:
+        _show_cut(cut)
     if forms:
         chosen = ", ".join(f"{count} {form}" for form, count in forms.most_common())
         render.out.print(f"shapes        {chosen}")
@@ -338,6 +351,19 @@ def show(report: DecomposeReport) -> None:
         if any(module.action == "mpo" for module in report.modules):
             line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
             render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+
+
+def _show_cut(modules: Sequence[ModuleReport]) -> None:
+    """What became of the bonds of MPOs that were truncated again."""
+    from mpocli.cli import render
+
+    render.out.print(f"{len(modules)} MPOs were truncated again; the error is relative to what each of them was")
+    rows = [
+        (module.name, module.role, (render.error(module.relative_error), f"{render.bonds(module.cut_from)} → {after}"))
+        for module in modules
+        for after in (render.bonds(module.bond_dims),)
+    ]
+    render.matrices(("error", "<bonds"), rows)
 
 
 def _show_compared(compared: Sequence[Compared]) -> None:

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpocli.cli import options
+from mpocli.modes import ALWAYS
 
 if TYPE_CHECKING:
     from mpocli.methods.demo import DemoReport
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the MPO checkpoints go.")] = Path(
-        "mpocli-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the MPO checkpoints go."), ALWAYS
+    ] = Path("mpocli-demo"),
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="DIR", help="Where the demo models are kept. Default: the user's cache."),
+        ALWAYS,
     ] = None,
     json: options.Json = False,
 ) -> None:

@@ -14,43 +14,53 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.errors import InputError, TargetNotMetError, UsageError
+from mpocli.modes import ALWAYS, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.hf.sparse_paths import PathChoice, PathReport
     from mpocli.methods.evaluate import EvalReport
 
 GATES = "Gates for CI (exit 5)"
+TASKED = needs("--task")
+DATA_OR_HARNESS = needs("--task", "--lm-eval", why="nothing is measured")
 
 
 def command(
     model: options.Model,
-    task: task_.TaskName = None,
-    evaluate: task_.Eval = None,
+    task: Annotated[task_.TaskName, excludes("--lm-eval", why="the harness has tasks of its own")] = None,
+    evaluate: Annotated[task_.Eval, TASKED] = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="Measure this one too, side by side.")
+        str | None, typer.Option("--baseline", metavar="MODEL", help="Measure this one too, side by side."), ALWAYS
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option("--predictions", metavar="FILE", help="Write one JSON line per sample.")
+        Path | None,
+        typer.Option("--predictions", metavar="FILE", help="Write one JSON line per sample."),
+        TASKED,
+        excludes("--task lm", why="a language model makes none"),
     ] = None,
     fail_below: Annotated[
         list[str] | None,
         typer.Option("--fail-below", metavar="METRIC=X", help="Least value that will do.", rich_help_panel=GATES),
+        DATA_OR_HARNESS,
     ] = None,
     max_drop: Annotated[
         list[str] | None,
         typer.Option("--max-drop", metavar="METRIC=X", help="Largest loss to --baseline.", rich_help_panel=GATES),
+        needs("--baseline"),
+        DATA_OR_HARNESS,
     ] = None,
-    text_column: task_.TextColumn = None,
-    label_column: task_.LabelColumn = None,
-    max_length: task_.MaxLength = 128,
-    tokenizer: task_.Tokenizer = None,
+    text_column: Annotated[task_.TextColumn, TASKED] = None,
+    label_column: Annotated[task_.LabelColumn, TASKED] = None,
+    max_length: Annotated[task_.MaxLength, DATA_OR_HARNESS] = 128,
+    tokenizer: Annotated[task_.Tokenizer, DATA_OR_HARNESS] = None,
     batch_size: Annotated[
         int,
         typer.Option("--batch-size", metavar="N", help="Examples or windows per batch.", rich_help_panel=task_.DATA),
+        DATA_OR_HARNESS,
     ] = 32,
-    max_new_tokens: task_.NewTokens = 96,
-    precision: task_.Precision = "auto",
-    device: task_.Device = "auto",
+    max_new_tokens: Annotated[task_.NewTokens, TASKED] = 96,
+    precision: Annotated[task_.Precision, DATA_OR_HARNESS] = "auto",
+    device: Annotated[task_.Device, DATA_OR_HARNESS] = "auto",
     path: Annotated[
         str,
         typer.Option(
@@ -58,13 +68,17 @@ def command(
             metavar="NAME",
             help="Layers that are mostly zeros: dense or sparse kernels, or auto: the faster, by a short measurement.",
         ),
+        TASKED,
     ] = "auto",
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="TASKS", help="Hand over to EleutherAI's harness, where installed."),
+        ALWAYS,
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of --predictions if it exists.")
+        bool,
+        typer.Option("--overwrite", help="Replace the file of --predictions if it exists."),
+        needs("--predictions"),
     ] = False,
     json: options.Json = False,
     revision: options.Revision = None,
@@ -84,15 +98,9 @@ def command(
     """
     gates = _gates("--fail-below", fail_below), _gates("--max-drop", max_drop)
     options.one_of("--path", path, ("auto", "dense", "sparse"))
-    if gates[1] and baseline is None:
-        raise UsageError("--max-drop compares with a baseline, and none is given", hint="add --baseline MODEL")
     if lm_eval is not None:
         _harness(model, lm_eval, device, revision, trust_remote_code)
         return
-    if overwrite and predictions is None:
-        raise UsageError("--overwrite: only --predictions writes a file", hint="leave it out")
-    if task is None and (evaluate or predictions or gates[0] or gates[1]):
-        raise UsageError("--task is missing", hint="say what the data are for, as --task sst2")
     if task is not None and not evaluate:
         raise UsageError("--eval is missing", hint="name the file to evaluate on")
     data = None

@@ -12,6 +12,7 @@ from mpocli.cli import options
 from mpocli.cli.options import at_least, check_finite, check_sites, one_of, parse_bytes, parse_layers, parse_shapes
 from mpocli.cli.train_options import check_share
 from mpocli.errors import InputError, UsageError
+from mpocli.modes import ALWAYS, Condition, excludes
 
 if TYPE_CHECKING:
     from mpocli.hf.routing import RoutingConfig
@@ -20,68 +21,84 @@ if TYPE_CHECKING:
 WHAT = "What becomes experts"
 ROUTER = "How tokens are routed"
 TRAINING = "What training adds; finetune obeys"
+SHARED = excludes("--baseline-moe", "--share none", why="there is no shared core to mask")
+_CERTAIN = Condition("--mask-prob", test=lambda share: share is not None and float(share) in (0, 1))
 
 
 def command(
     model: options.Model,
     experts: Annotated[
-        int, typer.Option("--experts", "-n", metavar="N", help="Of every network.", rich_help_panel=WHAT)
+        int, typer.Option("--experts", "-n", metavar="N", help="Of every network.", rich_help_panel=WHAT), ALWAYS
     ] = 8,
     share: Annotated[
         str,
         typer.Option(
             "--share", metavar="WHAT", help="central: one core for all; none: n full MPOs.", rich_help_panel=WHAT
         ),
+        excludes("--baseline-moe", why="its experts are dense"),
     ] = "central",
     baseline_moe: Annotated[
-        bool, typer.Option("--baseline-moe", help="n dense experts, for comparison.", rich_help_panel=WHAT)
+        bool, typer.Option("--baseline-moe", help="n dense experts, for comparison.", rich_help_panel=WHAT), ALWAYS
     ] = False,
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="ROLE,…", help="Default: ffn.", rich_help_panel=WHAT)
+        str | None, typer.Option("--layers", metavar="ROLE,…", help="Default: ffn.", rich_help_panel=WHAT), ALWAYS
     ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", metavar="GLOB", help="Modules by name. Repeatable.", rich_help_panel=WHAT),
+        ALWAYS,
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHAT),
+        ALWAYS,
     ] = None,
     sites: Annotated[
-        int | None, typer.Option("--sites", metavar="N", help="Cores per matrix. Default: 5.", rich_help_panel=WHAT)
+        int | None,
+        typer.Option("--sites", metavar="N", help="Cores per matrix. Default: 5.", rich_help_panel=WHAT),
+        excludes("--baseline-moe", why="its experts are dense"),
     ] = None,
     trunc: Annotated[
         int | None,
         typer.Option("--trunc", metavar="N", help="Cap on the bonds. Default: lossless.", rich_help_panel=WHAT),
+        excludes("--baseline-moe", why="its experts are dense"),
     ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option("--shape", metavar="GLOB=ROWSxCOLUMNS", help="Other sites. Repeatable.", rich_help_panel=WHAT),
+        excludes("--baseline-moe", why="its experts are dense"),
     ] = None,
     noise: Annotated[
         float,
         typer.Option(
             "--noise", metavar="X", help="On auxiliary cores, × their size: another start.", rich_help_panel=WHAT
         ),
+        ALWAYS,
     ] = 0.0,
     router: Annotated[
-        str, typer.Option("--router", metavar="HOW", help="switch: one expert a token; topk.", rich_help_panel=ROUTER)
+        str,
+        typer.Option("--router", metavar="HOW", help="switch: one expert a token; topk.", rich_help_panel=ROUTER),
+        ALWAYS,
     ] = "switch",
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", metavar="K", help="Experts a token. Default: 1, topk: 2.", rich_help_panel=ROUTER),
+        ALWAYS,
     ] = None,
     capacity_factor: Annotated[
         float | None,
         typer.Option(
             "--capacity-factor", metavar="F", help="Drop beyond F·K·tokens/N an expert.", rich_help_panel=ROUTER
         ),
+        ALWAYS,
     ] = None,
     scale_by_prob: Annotated[
-        bool, typer.Option("--scale-by-prob", help="Scale outputs by p: another start.", rich_help_panel=ROUTER)
+        bool, typer.Option("--scale-by-prob", help="Scale outputs by p: another start.", rich_help_panel=ROUTER), ALWAYS
     ] = False,
     jitter: Annotated[
-        float, typer.Option("--jitter", metavar="X", help="Router inputs × 1 ± X in training.", rich_help_panel=ROUTER)
+        float,
+        typer.Option("--jitter", metavar="X", help="Router inputs × 1 ± X in training.", rich_help_panel=ROUTER),
+        ALWAYS,
     ] = 0.0,
     mask_prob: Annotated[
         float | None,
@@ -91,18 +108,26 @@ def command(
             help="Discard a shared core's update; 1 freezes. Default: 0.5.",
             rich_help_panel=TRAINING,
         ),
+        SHARED,
     ] = None,
     mask_elements: Annotated[
-        bool, typer.Option("--mask-elements", help="Draw for every element.", rich_help_panel=TRAINING)
+        bool,
+        typer.Option("--mask-elements", help="Draw for every element.", rich_help_panel=TRAINING),
+        SHARED,
+        excludes(_CERTAIN, why="nothing is drawn"),
     ] = False,
     balance_loss: Annotated[
-        float, typer.Option("--balance-loss", metavar="X", help="Times Switch's loss.", rich_help_panel=TRAINING)
+        float,
+        typer.Option("--balance-loss", metavar="X", help="Times Switch's loss.", rich_help_panel=TRAINING),
+        ALWAYS,
     ] = 0.01,
     z_loss: Annotated[
-        float, typer.Option("--z-loss", metavar="X", help="Times the router's z-loss.", rich_help_panel=TRAINING)
+        float,
+        typer.Option("--z-loss", metavar="X", help="Times the router's z-loss.", rich_help_panel=TRAINING),
+        ALWAYS,
     ] = 0.0,
     out: options.Out = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of routers and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of routers and noise."), ALWAYS] = 0,
     max_shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -142,17 +167,6 @@ def command(
         scale_by_prob=scale_by_prob,
         mask_elements=mask_elements,
     )
-    unwanted = share != "central" or trunc is not None or sites is not None or shape
-    if baseline_moe and unwanted:
-        raise UsageError(
-            "--baseline-moe has dense experts: no --share, --sites, --trunc or --shape", hint="leave these out"
-        )
-    if (baseline_moe or share == "none") and (mask_prob is not None or mask_elements):
-        option, why = (
-            "--mask-elements" if mask_elements else "--mask-prob",
-            "--baseline-moe" if baseline_moe else "--share none",
-        )
-        raise UsageError(f"{option} masks updates of a shared core, and with {why} there is none", hint="leave it out")
 
     from mpocli.cli import render
     from mpocli.hf import quiet

@@ -13,6 +13,7 @@ from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, check_sites, one_of, parse_layers, parse_shapes
 from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS, OF_EXPERTS, OF_SHARED, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.finetune import FinetuneReport
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 EXPERTS = "Of a mixture of experts: other than its checkpoint says"
 OVER = "Over-parameterisation (OPF): train more, deploy the same"
+EXPANDED = needs("--overparam static", "--overparam dynamic", "--overparam svd")
+EXPANDED_OR_RAISED = needs("--overparam")
+MEASURED = needs("--eval", "--test", "--select best", why="nothing is measured")
 
 
 def command(
@@ -34,7 +38,16 @@ def command(
     limit: task_.Limit = None,
     max_length: task_.MaxLength = 128,
     tokenizer: task_.Tokenizer = None,
-    update: train_.Update = None,
+    update: Annotated[
+        train_.Update,
+        excludes(
+            "--overparam static",
+            "--overparam dynamic",
+            "--overparam svd",
+            of=("auxiliary", "central"),
+            why="all cores are trained",
+        ),
+    ] = None,
     lr: train_.Lr = 1e-4,
     mpo_lr: train_.MpoLr = None,
     epochs: train_.Epochs = 3.0,
@@ -52,10 +65,15 @@ def command(
     select: Annotated[
         str,
         typer.Option("--select", metavar="WHICH", help="last, or best on a held-out tenth of --train, once an epoch."),
+        excludes(
+            "--overparam static", "--overparam dynamic", "--overparam svd", of=("best",), why="shapes change in between"
+        ),
     ] = "last",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of head, order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Of head, order and dropout."), excludes("--seeds")
+    ] = 0,
     seeds: Annotated[
-        str | None, typer.Option("--seeds", metavar="N,N,…", help="A run for each, in sub-directories.")
+        str | None, typer.Option("--seeds", metavar="N,N,…", help="A run for each, in sub-directories."), ALWAYS
     ] = None,
     teacher: train_.Teacher = None,
     distill_weight: train_.DistillWeight = 0.5,
@@ -70,17 +88,22 @@ def command(
             "none: they stay dense, and train at --mpo-lr.",
             rich_help_panel=OVER,
         ),
+        needs("--mpo-lr", of=("none",), why="nothing would differ from plain fine-tuning"),
     ] = None,
     layers: Annotated[
-        str, typer.Option("--layers", metavar="ROLE,…", help="Of which roles.", rich_help_panel=OVER)
+        str,
+        typer.Option("--layers", metavar="ROLE,…", help="Of which roles.", rich_help_panel=OVER),
+        EXPANDED_OR_RAISED,
     ] = "attention,ffn",
     top_n: Annotated[
         int,
         typer.Option("--top-n", metavar="N", help="Matrices of each kind; svd takes all.", rich_help_panel=OVER),
+        needs("--overparam static", "--overparam dynamic"),
     ] = 4,
     splits: Annotated[
         int | None,
         typer.Option("--splits", metavar="N", help="dynamic: in so many portions. Default: 2.", rich_help_panel=OVER),
+        needs("--overparam dynamic"),
     ] = None,
     every: Annotated[
         int | None,
@@ -90,20 +113,24 @@ def command(
             help="dynamic: one portion after so many. Default: the last half way.",
             rich_help_panel=OVER,
         ),
+        needs("--overparam dynamic"),
     ] = None,
     sites: Annotated[
         int,
         typer.Option("--sites", metavar="N", help="First and last split it, 1×1 between.", rich_help_panel=OVER),
+        needs("--overparam static", "--overparam dynamic"),
     ] = 5,
     shape: Annotated[
         list[str] | None,
         typer.Option("--shape", metavar="GLOB=ROWSxCOLUMNS", help="Other sites. Repeatable.", rich_help_panel=OVER),
+        EXPANDED,
     ] = None,
     score_from: Annotated[
         str | None,
         typer.Option(
             "--score-from", metavar="MODEL", help="static: fine-tuned on this task, to be scored.", rich_help_panel=OVER
         ),
+        needs("--overparam static"),
     ] = None,
     score_steps: Annotated[
         int | None,
@@ -113,26 +140,36 @@ def command(
             help="static: else train a copy for so many of the steps. Default: a quarter.",
             rich_help_panel=OVER,
         ),
+        needs("--overparam static"),
+        excludes("--score-from", why="no copy is trained"),
     ] = None,
     score_batches: Annotated[
-        int, typer.Option("--score-batches", metavar="N", help="static: to take losses on.", rich_help_panel=OVER)
+        int,
+        typer.Option("--score-batches", metavar="N", help="static: to take losses on.", rich_help_panel=OVER),
+        needs("--overparam static"),
     ] = 8,
     mask_prob: Annotated[
         float | None,
         typer.Option("--mask-prob", metavar="P", help="Discard a shared core's update.", rich_help_panel=EXPERTS),
+        OF_SHARED,
     ] = None,
     balance_loss: Annotated[
-        float | None, typer.Option("--balance-loss", metavar="X", help="Times Switch's.", rich_help_panel=EXPERTS)
+        float | None,
+        typer.Option("--balance-loss", metavar="X", help="Times Switch's.", rich_help_panel=EXPERTS),
+        OF_EXPERTS,
     ] = None,
     z_loss: Annotated[
-        float | None, typer.Option("--z-loss", metavar="X", help="Times the router's.", rich_help_panel=EXPERTS)
+        float | None,
+        typer.Option("--z-loss", metavar="X", help="Times the router's.", rich_help_panel=EXPERTS),
+        OF_EXPERTS,
     ] = None,
     capacity_factor: Annotated[
         float | None,
         typer.Option("--capacity-factor", metavar="F", help="Drop what exceeds it.", rich_help_panel=EXPERTS),
+        OF_EXPERTS,
     ] = None,
-    eval_batch_size: task_.EvalBatch = 64,
-    max_new_tokens: task_.NewTokens = 96,
+    eval_batch_size: Annotated[task_.EvalBatch, MEASURED] = 64,
+    max_new_tokens: Annotated[task_.NewTokens, MEASURED] = 96,
     log_steps: train_.LogSteps = 50,
     save_steps: train_.SaveSteps = None,
     report_to: train_.ReportTo = None,
@@ -183,10 +220,6 @@ def command(
     for option, number in (*counts, ("--score-steps", score_steps)):
         at_least(option, number, 1)
     check_sites(sites)
-    given = {"--splits": splits, "--every": every, "--shape": shape, "--score-from": score_from}
-    unused = [option for option, value in {**given, "--score-steps": score_steps}.items() if value]
-    if overparam is None and unused:
-        raise UsageError(f"{unused[0]} without --overparam", hint="add --overparam static, dynamic or svd")
     splits = min(2, top_n) if splits is None else splits
     if splits > top_n:
         raise UsageError(f"--splits {splits}: more portions than --top-n {top_n}", hint="choose --splits 1 to --top-n")

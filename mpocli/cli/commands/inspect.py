@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpocli.cli import options
+from mpocli.modes import ALWAYS, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.inspect import InspectReport, ModuleView
@@ -21,20 +22,30 @@ def command(
     module: Annotated[
         list[str] | None,
         typer.Option("--module", metavar="GLOB", help="Only these matrices, one row each. Repeatable."),
+        ALWAYS,
     ] = None,
     spectrum: Annotated[
-        bool, typer.Option("--spectrum", help="Singular values and entropy of every bond (of a dense matrix too).")
+        bool,
+        typer.Option("--spectrum", help="Singular values and entropy of every bond (of a dense matrix too)."),
+        ALWAYS,
     ] = False,
-    sites: Annotated[int, typer.Option("--sites", metavar="N", help="Sites for a dense matrix's spectrum.")] = 5,
+    sites: Annotated[
+        int, typer.Option("--sites", metavar="N", help="Sites for a dense matrix's spectrum."), needs("--spectrum")
+    ] = 5,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check hashes, shapes, counts and canonical form; exit 3 on a mismatch.")
+        bool,
+        typer.Option("--verify", help="Check hashes, shapes, counts and canonical form; exit 3 on a mismatch."),
+        ALWAYS,
     ] = False,
     count_zeros: Annotated[
-        bool, typer.Option("--count-zeros", help="Read weights that are stored dense too, and count their zeros.")
+        bool,
+        typer.Option("--count-zeros", help="Read weights that are stored dense too, and count their zeros."),
+        ALWAYS,
     ] = False,
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="With --verify: recompute every claimed error against it."),
+        needs("--verify"),
     ] = None,
     json: options.Json = False,
     revision: options.Revision = None,
@@ -52,11 +63,9 @@ def command(
 
       mpocli inspect bert-base-uncased-mpo --verify --base bert-base-uncased
     """
-    from mpocli.errors import InputError, UsageError
+    from mpocli.errors import InputError
 
     options.check_sites(sites)
-    if base is not None and not verify:
-        raise UsageError("--base says what to verify against, and --verify is not given", hint="add --verify")
 
     from mpocli.cli import render
     from mpocli.hf import quiet
@@ -97,6 +106,10 @@ def _show(report: InspectReport, *, one_by_one: bool) -> None:
         render.show(_roles(report))
     if any(view.action != "kept" and view.relative_error is None for view in report.modules):
         render.out.print(render.UNKNOWN, style="dim")
+    if again := sum(view.measured_against is not None for view in report.modules):
+        render.out.print(
+            f"the errors of {again} MPOs that were truncated again are relative to what they were before", style="dim"
+        )
     for view in report.modules:
         if view.singular_values is not None:
             _spectrum(view)
@@ -157,22 +170,24 @@ def _share(zeros: int, params: int) -> str:
 
 
 def _matrices(report: InspectReport) -> None:
-    """Two lines for each matrix: module paths are too long to share one with their numbers."""
     from mpocli.cli import render
 
-    header = f"{'shape':>13} {'parameters':>11} {'ratio':>6} {'central':>10} {'auxiliary':>9} {'err':>7}  bonds"
-    render.out.print(header, style="bold")
+    rows = []
     for view in report.modules:
         made = view.action != "kept"
-        bonds = " ".join(map(str, view.bond_dims[1:-1])) if made and view.bond_dims else "dense"
-        render.out.print(render.spans((view.name, "bold"), "  ", (view.role or "", "dim")))
-        render.out.print(
-            f"{view.shape[0]:>7}x{view.shape[1]:<5} {view.params:>11,} {view.params / view.dense_params:>6.3f} "
-            f"{render.count(view.central_params):>10} {render.count(view.auxiliary_params):>9} "
-            f"{render.error(view.relative_error) if made else '':>7}  {bonds}"
-            + (f", {view.experts} experts of {view.expert_params:,} + {view.shared_params:,}" if view.experts else "")
-            + (f", {view.sparsity:.1%} of {'the central core' if made else 'it'} zero" if view.sparsity else "")
+        more = f", {view.experts} experts of {view.expert_params:,} + {view.shared_params:,}" if view.experts else ""
+        more += f", {view.sparsity:.1%} of {'the central core' if made else 'it'} zero" if view.sparsity else ""
+        cells = (
+            f"{view.shape[0]}x{view.shape[1]}",
+            render.count(view.params),
+            f"{view.params / view.dense_params:.3f}",
+            render.count(view.central_params),
+            render.count(view.auxiliary_params),
+            render.error(view.relative_error) if made else "",
+            (render.bonds(view.bond_dims) if made and view.bond_dims else "dense") + more,
         )
+        rows.append((view.name, view.role, cells))
+    render.matrices(("shape", "parameters", "ratio", "central", "auxiliary", "err", "<bonds"), rows)
 
 
 def _spectrum(view: ModuleView) -> None:

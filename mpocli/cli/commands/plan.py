@@ -12,13 +12,13 @@ from mpocli.cli import task_options as task_
 from mpocli.cli.commands import decompose as decompose_
 from mpocli.cli.options import one_of
 from mpocli.errors import UsageError
+from mpocli.modes import ALWAYS
 
 if TYPE_CHECKING:
     from mpocli.methods.decompose import DecomposeReport
 
 
 def command(
-    context: typer.Context,
     model: options.Model,
     ratio: budget_.Ratio = None,
     max_bytes: budget_.MaxBytes = None,
@@ -33,18 +33,20 @@ def command(
     sequential: budget_.Sequential = False,
     compare: budget_.Compare = False,
     sensitivity: budget_.Sensitivity = None,
-    task: task_.TaskName = None,
-    text_column: task_.TextColumn = None,
-    label_column: task_.LabelColumn = None,
-    max_length: task_.MaxLength = 128,
-    tokenizer: task_.Tokenizer = None,
+    task: Annotated[task_.TaskName, budget_.CALIBRATED] = None,
+    text_column: Annotated[task_.TextColumn, budget_.CALIBRATED] = None,
+    label_column: Annotated[task_.LabelColumn, budget_.CALIBRATED, budget_.OF_ROWS] = None,
+    max_length: Annotated[task_.MaxLength, budget_.CALIBRATED, budget_.OF_ROWS] = 128,
+    tokenizer: Annotated[task_.Tokenizer, budget_.CALIBRATED] = None,
     sites: decompose_.Sites = 5,
     layers: decompose_.Layers = None,
     target: decompose_.Targets = None,
     ignore: decompose_.Ignored = None,
     dtype: options.Dtype = None,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto.")] = "cpu",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the samples that are drawn.")] = 0,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto."), ALWAYS
+    ] = "cpu",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the samples that are drawn."), ALWAYS] = 0,
     json: options.Json = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -64,7 +66,6 @@ def command(
     one_of("--dtype", dtype, options.DTYPES)
     calibrate, task = budget_.named_task(calibrate, task)
     budget = budget_.parse(
-        options.given(context),
         ratio=ratio,
         max_bytes=max_bytes,
         max_error=max_error,
@@ -115,24 +116,24 @@ def show(report: DecomposeReport) -> None:
     """A line for every matrix that was selected, and what that makes of the model."""
     from mpocli.cli import render
 
-    # Two lines for each: module paths are too long to share one with their numbers.
-    header = (
-        f"{'form':>12} {'parameters':>11} {'ratio':>6} {'error':>8} {'output':>8} {'MACs':>5} {'forward':>8}  bonds"
-    )
-    render.out.print(header, style="bold")
+    columns = ("<form", "parameters", "ratio", "error", "output", "MACs", "forward", "<bonds")
+    rows = []
     for module in report.modules:
         if module.action == "kept" and module.reason == "not selected":
             continue
         kept = module.action == "kept"
-        errors = [
+        errors = (
             "" if error is None else render.error(error) for error in (module.relative_error, module.weighted_error)
-        ]
-        macs = "" if module.macs is None or kept else f"{module.macs / module.dense_params:.2f}"
-        bonds = " ".join(map(str, module.bond_dims[1:-1])) if module.bond_dims and not kept else ""
-        render.out.print(render.spans((module.name, "bold"), "  ", (module.role or "", "dim")))
-        render.out.print(
-            f"{'dense' if kept else module.form or '':>12} {module.params:>11,} "
-            f"{render.ratio(module.params, module.dense_params):>6} {errors[0]:>8} {errors[1]:>8} {macs:>5} "
-            f"{'' if kept else module.path or '':>8}  {bonds}".rstrip()
         )
+        cells = (
+            "dense" if kept else module.form or "as it was",
+            render.count(module.params),
+            render.ratio(module.params, module.dense_params),
+            *errors,
+            "" if module.macs is None or kept else f"{module.macs / module.dense_params:.2f}",
+            "" if kept else module.path or "",
+            "" if kept else render.bonds(module.bond_dims),
+        )
+        rows.append((module.name, module.role, cells))
+    render.matrices(columns, rows)
     decompose_.show(report)

@@ -11,6 +11,7 @@ from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, parse_layers
 from mpocli.errors import InputError, UsageError
+from mpocli.modes import ALWAYS, Condition, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.calibration_data import Calibration
@@ -22,26 +23,24 @@ WHAT = "What to prune"
 PST = "PST: what is learnt"
 WHEN = "How sparsity rises in training"
 LOOK = "wanda, sparsegpt: what to look at"
-_CALIBRATION = ("samples", "seq_len")
-_PST = (
-    *("weight_rank", "weight_beta", "mask_rank", "mask_alpha1", "mask_alpha2"),
-    *("detach_magnitude", "faithful"),
-)
-_TRAINING = (
-    *("initial_sparsity", "initial_warmup", "final_warmup", "score_lr", "lr", "epochs", "steps", "batch_size"),
-    *("accumulation", "warmup", "weight_decay", "clip", "random_batches", "gradient_checkpointing"),
-    *("distill_weight", "temperature", "distill_hidden", "log_steps", "save_steps", "report_to"),
-)
+TASKED = needs("--task")
+TRAINED = needs("--train", why="nothing is trained")
+MEASURED = needs("--eval", "--test", why="nothing is measured")
+TRAINED_OR_MEASURED = needs("--train", "--eval", "--test", why="nothing is trained or measured")
+CALIBRATED = needs("--calibrate", why="there is nothing to look at")
+LEARNT = needs("--method pst", why="it learns no such thing")
+SCORED = needs("--method pst", "--method movement", why="it has no scores")
+_GROUPED = Condition("--pattern", test=lambda pattern: pattern != "unstructured")
 
 
 def command(
-    context: typer.Context,
     model: options.Model,
     sparsity: Annotated[
         float | None,
         typer.Option(
             "--sparsity", "-s", metavar="X", help="Zeros / entries. Default: 0.9, or N:M's.", rich_help_panel=WHAT
         ),
+        ALWAYS,
     ] = None,
     method: Annotated[
         str,
@@ -51,110 +50,147 @@ def command(
             help="pst, movement (both trained), magnitude (trained or not), wanda, sparsegpt.",
             rich_help_panel=WHAT,
         ),
+        ALWAYS,
     ] = "pst",
     pattern: Annotated[
         str,
         typer.Option("--pattern", metavar="WHAT", help="unstructured, 2:4, 4:8 or any N:M.", rich_help_panel=WHAT),
+        ALWAYS,
     ] = "unstructured",
     scope: Annotated[
         str,
         typer.Option("--scope", metavar="WHAT", help="A threshold for each matrix, or global.", rich_help_panel=WHAT),
+        excludes("--method wanda", "--method sparsegpt", _GROUPED, of=("global",), why="it compares inside rows"),
     ] = "matrix",
     layers: Annotated[
         str | None,
         typer.Option(
             "--layers", metavar="ROLE,…", help="Of which roles. Default: attention,ffn.", rich_help_panel=WHAT
         ),
+        ALWAYS,
     ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", metavar="GLOB", help="Modules by name. Repeatable.", rich_help_panel=WHAT),
+        ALWAYS,
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHAT),
+        ALWAYS,
     ] = None,
     out: options.Out = None,
     storage: Annotated[
-        str, typer.Option("--storage", metavar="HOW", help="bitmask, or dense: zeros that any loader reads.")
+        str, typer.Option("--storage", metavar="HOW", help="bitmask, or dense: zeros that any loader reads."), ALWAYS
     ] = "bitmask",
-    task: task_.TaskName = None,
-    train: task_.Train = None,
-    evaluate: task_.Eval = None,
-    test: task_.Test = None,
-    text_column: task_.TextColumn = None,
-    label_column: task_.LabelColumn = None,
-    limit: task_.Limit = None,
-    max_length: task_.MaxLength = 128,
-    tokenizer: task_.Tokenizer = None,
+    task: Annotated[task_.TaskName, needs("--train", "--eval", "--test", "--calibrate")] = None,
+    train: Annotated[
+        task_.Train,
+        TASKED,
+        excludes(
+            "--method wanda",
+            "--method sparsegpt",
+            why="it needs no training",
+            hint="leave --train out; mpocli finetune keeps the zeros afterwards",
+        ),
+    ] = None,
+    evaluate: Annotated[task_.Eval, TASKED] = None,
+    test: Annotated[task_.Test, TASKED] = None,
+    text_column: Annotated[task_.TextColumn, TASKED] = None,
+    label_column: Annotated[task_.LabelColumn, TASKED] = None,
+    limit: Annotated[task_.Limit, TRAINED] = None,
+    max_length: Annotated[
+        task_.MaxLength, needs("--train", "--eval", "--test", task_.ROWS_OF_TASK, why="windows take --seq-len")
+    ] = 128,
+    tokenizer: Annotated[task_.Tokenizer, TASKED] = None,
     calibrate: Annotated[
         str | None,
         typer.Option("--calibrate", metavar="DATA", help="Text; with --task rows of that task.", rich_help_panel=LOOK),
+        needs("--method wanda", "--method sparsegpt", why="it looks at no activations"),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=LOOK)
+        int, typer.Option("--samples", metavar="N", help="Windows or rows of it.", rich_help_panel=LOOK), CALIBRATED
     ] = 128,
     seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=LOOK)
+        int,
+        typer.Option("--seq-len", metavar="N", help="Tokens per window.", rich_help_panel=LOOK),
+        CALIBRATED,
+        excludes(task_.ROWS_OF_TASK, why="rows are cut by --max-length"),
     ] = 256,
     initial_sparsity: Annotated[
-        float, typer.Option("--initial-sparsity", metavar="X", help="At the first step.", rich_help_panel=WHEN)
+        float, typer.Option("--initial-sparsity", metavar="X", help="At the first step.", rich_help_panel=WHEN), TRAINED
     ] = 0.0,
     initial_warmup: Annotated[
-        float, typer.Option("--initial-warmup", metavar="X", help="Share of steps before.", rich_help_panel=WHEN)
+        float,
+        typer.Option("--initial-warmup", metavar="X", help="Share of steps before.", rich_help_panel=WHEN),
+        TRAINED,
     ] = 0.1,
     final_warmup: Annotated[
-        float, typer.Option("--final-warmup", metavar="X", help="Share of steps after.", rich_help_panel=WHEN)
+        float, typer.Option("--final-warmup", metavar="X", help="Share of steps after.", rich_help_panel=WHEN), TRAINED
     ] = 0.3,
     weight_rank: Annotated[
-        int, typer.Option("--weight-rank", metavar="N", help="Of the update U V; 0: W itself.", rich_help_panel=PST)
+        int,
+        typer.Option("--weight-rank", metavar="N", help="Of the update U V; 0: W itself.", rich_help_panel=PST),
+        LEARNT,
+        TRAINED,
     ] = 8,
     weight_beta: Annotated[
-        float, typer.Option("--weight-beta", metavar="X", help="Scale of U V.", rich_help_panel=PST)
+        float, typer.Option("--weight-beta", metavar="X", help="Scale of U V.", rich_help_panel=PST), LEARNT, TRAINED
     ] = 1.0,
     mask_rank: Annotated[
-        int, typer.Option("--mask-rank", metavar="N", help="Of the score A B; 0: none.", rich_help_panel=PST)
+        int,
+        typer.Option("--mask-rank", metavar="N", help="Of the score A B; 0: none.", rich_help_panel=PST),
+        LEARNT,
+        TRAINED,
     ] = 8,
     mask_alpha1: Annotated[
-        float, typer.Option("--mask-alpha1", metavar="X", help="Scale of A B.", rich_help_panel=PST)
+        float, typer.Option("--mask-alpha1", metavar="X", help="Scale of A B.", rich_help_panel=PST), LEARNT, TRAINED
     ] = 1.0,
     mask_alpha2: Annotated[
-        float, typer.Option("--mask-alpha2", metavar="X", help="Scale of R + C; 0: none.", rich_help_panel=PST)
+        float,
+        typer.Option("--mask-alpha2", metavar="X", help="Scale of R + C; 0: none.", rich_help_panel=PST),
+        LEARNT,
+        TRAINED,
     ] = 1.0,
     detach_magnitude: Annotated[
-        bool, typer.Option("--detach-magnitude", help="No gradient through |W|.", rich_help_panel=PST)
+        bool, typer.Option("--detach-magnitude", help="No gradient through |W|.", rich_help_panel=PST), LEARNT, TRAINED
     ] = False,
     faithful: Annotated[
-        bool, typer.Option("--faithful", help="Freeze the head, as the published code.", rich_help_panel=PST)
+        bool,
+        typer.Option("--faithful", help="Freeze the head, as the published code.", rich_help_panel=PST),
+        LEARNT,
+        TRAINED,
     ] = False,
-    lr: train_.Lr = 1e-4,
+    lr: Annotated[train_.Lr, TRAINED] = 1e-4,
     score_lr: Annotated[
         float | None,
         typer.Option("--score-lr", metavar="X", help="Of the scores. Default: --lr.", rich_help_panel=train_.HOW),
+        TRAINED,
+        SCORED,
     ] = None,
-    epochs: train_.Epochs = 3.0,
-    steps: train_.StepCount = None,
-    batch_size: train_.BatchSize = 32,
-    accumulation: train_.Accumulation = 1,
-    warmup: train_.Warmup = 0.06,
-    weight_decay: train_.WeightDecay = 0.0,
-    clip: train_.Clip = 1.0,
-    random_batches: train_.RandomBatches = False,
-    gradient_checkpointing: train_.GradientCheckpointing = False,
-    teacher: train_.Teacher = None,
+    epochs: Annotated[train_.Epochs, TRAINED] = 3.0,
+    steps: Annotated[train_.StepCount, TRAINED] = None,
+    batch_size: Annotated[train_.BatchSize, TRAINED] = 32,
+    accumulation: Annotated[train_.Accumulation, TRAINED] = 1,
+    warmup: Annotated[train_.Warmup, TRAINED] = 0.06,
+    weight_decay: Annotated[train_.WeightDecay, TRAINED] = 0.0,
+    clip: Annotated[train_.Clip, TRAINED] = 1.0,
+    random_batches: Annotated[train_.RandomBatches, TRAINED] = False,
+    gradient_checkpointing: Annotated[train_.GradientCheckpointing, TRAINED] = False,
+    teacher: Annotated[train_.Teacher, TRAINED] = None,
     distill_weight: train_.DistillWeight = 0.5,
     temperature: train_.Temperature = 2.0,
     distill_hidden: train_.DistillHidden = False,
-    precision: task_.Precision = "auto",
+    precision: Annotated[task_.Precision, TRAINED_OR_MEASURED] = "auto",
     device: task_.Device = "auto",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of masks, samples, order and dropout.")] = 0,
-    eval_batch_size: task_.EvalBatch = 64,
-    max_new_tokens: task_.NewTokens = 96,
-    log_steps: train_.LogSteps = 50,
-    save_steps: train_.SaveSteps = None,
-    report_to: train_.ReportTo = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of masks, samples, order and dropout."), ALWAYS] = 0,
+    eval_batch_size: Annotated[task_.EvalBatch, MEASURED] = 64,
+    max_new_tokens: Annotated[task_.NewTokens, MEASURED] = 96,
+    log_steps: Annotated[train_.LogSteps, TRAINED] = 50,
+    save_steps: Annotated[train_.SaveSteps, TRAINED] = None,
+    report_to: Annotated[train_.ReportTo, TRAINED] = None,
     max_shard_size: options.ShardSize = "5GB",
-    resume: train_.Resume = False,
+    resume: Annotated[train_.Resume, TRAINED] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     revision: options.Revision = None,
@@ -184,14 +220,10 @@ def command(
     train_.check_length(epochs, steps, save_steps)
     train_.check_distillation(distill_weight, temperature)
     train_.check_positive("--score-lr", score_lr)
-    _refuse_unused(options.given(context), method, trains=train is not None, calibrates=calibrate is not None)
     calibration = _calibration(calibrate, samples, seq_len)
     scoring = _scoring(
         method, weight_rank, weight_beta, mask_rank, mask_alpha1, mask_alpha2, detach_magnitude=detach_magnitude
     )
-    named = [f"--{name}" for name, value in (("train", train), ("eval", evaluate), ("test", test)) if value]
-    if task is None and named:
-        raise UsageError(f"{named[0]} without --task", hint="--task sst2, for example; see --help for the names")
     data = None
     if task is not None:
         data = task_.data_options(
@@ -284,18 +316,6 @@ def command(
         render.print_json("sparsify", report)
     else:
         _show(report)
-
-
-def _refuse_unused(given: set[str], method: str, *, trains: bool, calibrates: bool) -> None:
-    """`UsageError` for the first option that would be passed over in silence."""
-    unused = [] if trains else [(name, "no --train: nothing is trained") for name in _TRAINING]
-    unused += [] if calibrates else [(name, "no --calibrate: there is nothing to look at") for name in _CALIBRATION]
-    unused += [] if method == "pst" else [(name, f"--method {method}: it learns no such thing") for name in _PST]
-    unused += [("score_lr", f"--method {method}: it has no scores")] if method not in ("pst", "movement") else []
-    for name, why in unused:
-        if name in given:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} with {why}", hint=f"leave {option} out")
 
 
 def _pattern(text: str) -> Pattern:

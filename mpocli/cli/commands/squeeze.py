@@ -13,18 +13,21 @@ from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes
 from mpocli.cli.train_options import HOW
 from mpocli.errors import TargetNotMetError, UsageError
+from mpocli.modes import ALWAYS, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.squeeze import SqueezeReport
 
 WHEN = "When to stop"
 WHICH = "Which bond, how far"
+TRAINED = needs("--finetune-steps", why="nothing is trained")
+TRAINED_OR_FELT = needs("--finetune-steps", "--order sensitivity", why="no training data is read")
 
 
 def command(
     model: options.Model,
     task: task_.TaskName = None,
-    train: task_.Train = None,
+    train: Annotated[task_.Train, TRAINED_OR_FELT] = None,
     evaluate: task_.Eval = None,
     test: task_.Test = None,
     out: options.Out = None,
@@ -36,30 +39,37 @@ def command(
             help="Stop when the task's main metric is worse by more than this, as 0.01; keep the last model inside.",
             rich_help_panel=WHEN,
         ),
+        ALWAYS,
     ] = None,
     target_params: Annotated[
         int | None,
         typer.Option("--target-params", metavar="N", help="Parameters of the whole model.", rich_help_panel=WHEN),
+        ALWAYS,
     ] = None,
     target_ratio: Annotated[
         float | None,
         typer.Option("--target-ratio", metavar="X", help="Of the dense model's parameters.", rich_help_panel=WHEN),
+        ALWAYS,
     ] = None,
     target_bytes: Annotated[
-        str | None, typer.Option("--target-bytes", metavar="SIZE", help="Of weights, as 60MB.", rich_help_panel=WHEN)
+        str | None,
+        typer.Option("--target-bytes", metavar="SIZE", help="Of weights, as 60MB.", rich_help_panel=WHEN),
+        ALWAYS,
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", metavar="N", help="No more than these.", rich_help_panel=WHEN)
+        int | None, typer.Option("--rounds", metavar="N", help="No more than these.", rich_help_panel=WHEN), ALWAYS
     ] = None,
     reference: Annotated[
         float | None,
         typer.Option(
             "--reference", metavar="X", help="What the drop is measured from. Default: MODEL's.", rich_help_panel=WHEN
         ),
+        ALWAYS,
     ] = None,
     patience: Annotated[
         int,
         typer.Option("--patience", metavar="N", help="Rounds in a row outside --max-drop.", rich_help_panel=WHEN),
+        needs("--max-drop"),
     ] = 0,
     order: Annotated[
         str,
@@ -69,65 +79,76 @@ def command(
             help="error (least bound on ‖W−Ŵ‖), entropy (least of its width in use), or sensitivity (least loss).",
             rich_help_panel=WHICH,
         ),
+        excludes("--direct", of=("sensitivity",), why="it ranks by spectra alone"),
     ] = "error",
     per_param: Annotated[
-        bool, typer.Option("--per-param", help="Divide by the parameters saved.", rich_help_panel=WHICH)
+        bool, typer.Option("--per-param", help="Divide by the parameters saved.", rich_help_panel=WHICH), ALWAYS
     ] = False,
     step: Annotated[
-        str, typer.Option("--step", metavar="N|P%", help="Of a bond's width, per round.", rich_help_panel=WHICH)
+        str, typer.Option("--step", metavar="N|P%", help="Of a bond's width, per round.", rich_help_panel=WHICH), ALWAYS
     ] = "5%",
     tie: Annotated[
         str,
         typer.Option("--tie", metavar="WHAT", help="matrix, or kind: all of a role together.", rich_help_panel=WHICH),
+        ALWAYS,
     ] = "matrix",
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="ROLE,…", help="Only these roles.", rich_help_panel=WHICH)
+        str | None, typer.Option("--layers", metavar="ROLE,…", help="Only these roles.", rich_help_panel=WHICH), ALWAYS
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
+        ALWAYS,
     ] = None,
     direct: Annotated[
         bool,
         typer.Option("--direct", help="For comparison: cut to the target at once, then train.", rich_help_panel=WHICH),
+        needs("--target-params", "--target-ratio", "--target-bytes", why="it cuts to a target"),
     ] = False,
     finetune_steps: Annotated[
-        int, typer.Option("--finetune-steps", metavar="N", help="After each round; 0: none.", rich_help_panel=HOW)
+        int,
+        typer.Option("--finetune-steps", metavar="N", help="After each round; 0: none.", rich_help_panel=HOW),
+        ALWAYS,
     ] = 100,
-    update: train_.Update = None,
-    lr: train_.Lr = 1e-4,
-    mpo_lr: train_.MpoLr = None,
-    batch_size: train_.BatchSize = 32,
-    accumulation: train_.Accumulation = 1,
+    update: Annotated[train_.Update, TRAINED] = None,
+    lr: Annotated[train_.Lr, TRAINED] = 1e-4,
+    mpo_lr: Annotated[train_.MpoLr, TRAINED] = None,
+    batch_size: Annotated[train_.BatchSize, TRAINED_OR_FELT] = 32,
+    accumulation: Annotated[train_.Accumulation, TRAINED] = 1,
     warmup: Annotated[
-        float, typer.Option("--warmup", metavar="X", help="Share of the first round's steps.", rich_help_panel=HOW)
+        float,
+        typer.Option("--warmup", metavar="X", help="Share of the first round's steps.", rich_help_panel=HOW),
+        TRAINED,
     ] = 0.06,
-    weight_decay: train_.WeightDecay = 0.0,
-    clip: train_.Clip = 1.0,
-    random_batches: train_.RandomBatches = False,
-    gradient_checkpointing: train_.GradientCheckpointing = False,
-    recompute_weights: train_.RecomputeWeights = False,
+    weight_decay: Annotated[train_.WeightDecay, TRAINED] = 0.0,
+    clip: Annotated[train_.Clip, TRAINED] = 1.0,
+    random_batches: Annotated[train_.RandomBatches, TRAINED] = False,
+    gradient_checkpointing: Annotated[train_.GradientCheckpointing, TRAINED] = False,
+    recompute_weights: Annotated[train_.RecomputeWeights, TRAINED] = False,
     text_column: task_.TextColumn = None,
     label_column: task_.LabelColumn = None,
-    limit: task_.Limit = None,
+    limit: Annotated[task_.Limit, TRAINED_OR_FELT] = None,
     max_length: task_.MaxLength = 128,
     tokenizer: task_.Tokenizer = None,
-    eval_batch_size: task_.EvalBatch = 64,
+    eval_batch_size: Annotated[task_.EvalBatch, ALWAYS] = 64,
     max_new_tokens: task_.NewTokens = 96,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="The metric against parameters: png, svg or pdf.")
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="The metric against parameters: png, svg or pdf."),
+        ALWAYS,
     ] = None,
     precision: task_.Precision = "auto",
     device: task_.Device = "auto",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of order and dropout.")] = 0,
-    log_steps: train_.LogSteps = 50,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of order and dropout."), ALWAYS] = 0,
+    log_steps: Annotated[train_.LogSteps, TRAINED] = 50,
     save_steps: Annotated[
         int | None,
         typer.Option(
             "--save-steps", metavar="N", help="Steps per checkpoint within a round. Default: 100 in long ones."
         ),
+        TRAINED,
     ] = None,
-    report_to: train_.ReportTo = None,
+    report_to: Annotated[train_.ReportTo, TRAINED] = None,
     resume: train_.Resume = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -270,10 +291,10 @@ def _why(report: SqueezeReport) -> str:
 def _show(report: SqueezeReport) -> None:
     """Every round, what was kept, and what it amounts to."""
     from mpocli.cli import render
-    from mpocli.cli.rounds import rounds_table
+    from mpocli.cli.rounds import final_table
 
     if report.rounds:
-        render.show(rounds_table(report.rounds, report.metric, kept=report.kept_round))
+        render.show(final_table(report.rounds, report.metric, kept=report.kept_round))
     table = render.table("", "before", "after", *(("test",) if report.test_metrics else ()))
     for name in report.metrics:
         tested = (f"{report.test_metrics[name]:.4f}",) if report.test_metrics else ()
