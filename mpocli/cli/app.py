@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -59,6 +60,7 @@ def _command() -> Any:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 a bug, 2 usage, 3 input, 4 numerics, 5 target missed, 128 + n ended by
     signal n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP)."""
+    streams.reopen()
     with signals.as_interrupts() as ending:
         code = _run(arguments, ending)
     sys.exit(code)
@@ -87,6 +89,10 @@ def _run(arguments: list[str] | None, ending: signals.Ending) -> Any:
             streams.silence(sys.stdout)
             problem = f"standard output cannot be written ({error.strerror})"
             code = _say(problem, "free some space, or send the output elsewhere", 3)
+        elif isinstance(error, OSError) and streams.is_refused(error):
+            name = printable(os.fsdecode(error.filename))
+            problem = f"{name if len(name) <= 200 else name[:199] + '…'}: {error.strerror}"
+            code = _say(problem, "check the path, its permissions and the disk", 3)
         else:
             sys.stderr.write(printable(traceback.format_exc(), keep="\n"))
             code = _say(f"this is a bug in mpocli: {type(error).__name__}", "please report it with the lines above", 1)

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import suppress
 from typing import IO
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+# The system's refusals of a file that it was given by name; that one is missing may be a bug of ours.
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+    *(errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+}
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether the system would not have a file read or written that has a name."""
+    return error.errno in _REFUSALS and error.filename is not None
+
+
+def reopen() -> None:
+    """Give standard streams that were closed (`>&-`) somewhere to go: nothing else must get their descriptors.
+
+    As with a reader that has left, nobody wants to know.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def has_no_room(error: OSError) -> bool:

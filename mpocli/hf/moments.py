@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.calibration import Batch, Padding, evaluating, run
+from mpocli.hf.foreign import foreign
 from mpocli.hf.padding import decoder_mask
 from mpocli.nn.logits import drawn, slices
 
@@ -320,7 +321,9 @@ class Probe:
         if not found:
             raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + first + k) for k in range(_samples(batch))]
-        torch.autograd.backward(found, [gradient(tensor, batch, generators) for tensor in found])
+        gradients = [gradient(tensor, batch, generators) for tensor in found]
+        with foreign("the model's own code gives no gradients", hint="try --weights input"):
+            torch.autograd.backward(found, gradients)
 
     @torch.no_grad()
     def _sampled(self, logits: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:

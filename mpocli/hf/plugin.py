@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -198,9 +198,16 @@ def _stored_shapes(files: Any) -> dict[str, list[int]]:
     """Shape of every tensor in the safetensors files."""
     shapes: dict[str, list[int]] = {}
     for file in files or ():
-        if str(file).endswith(".safetensors"):
+        if not str(file).endswith(".safetensors"):
+            continue
+        try:
             with safe_open(file, framework="pt") as handle:
                 shapes |= {key: list(handle.get_slice(key).get_shape()) for key in handle.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file}: not a readable safetensors file ({error})",
+                hint="the file is truncated or corrupt: download or write it again",
+            ) from error
     return shapes
 
 

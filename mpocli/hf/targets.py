@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,6 +129,7 @@ def survey(
     most = max(_LEAST_BOUND, 20 * len(reader.specs))
     model = build_skeleton(config, trust_remote_code=trust_remote_code, most_parameters=most)
     keys = file_keys(model, reader)
+    _check_plain(model, keys, reader)
     entries = _entries(manifest, model)
     apart = _stored_apart(model, keys.stored, reader, entries)
     groups = _tied_groups(model, apart)
@@ -176,6 +178,27 @@ def survey(
         target_rows=_target_rows(model),
         reads=str(model.main_input_name),
     )
+
+
+# Numbers that stand for themselves. Of any other a quantisation config has to say what they stand for, and those that
+# are known are refused where the skeleton is built.
+_PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def _check_plain(model: PreTrainedModel, keys: FileKeys, reader: CheckpointReader) -> None:
+    """`InputError` for a parameter, or the core of one, that is stored in another dtype."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        sources = (keys.stored[name],) if name in keys.stored else keys.converted.get(name, ())
+        cores = (f"{name.removesuffix('.weight')}.core_{k}" for k in range(len(reader.specs)))
+        for key in (*sources, *takewhile(reader.specs.__contains__, cores)):
+            dtype = reader.specs[key].dtype
+            if dtype not in _PLAIN:
+                stored = str(dtype).removeprefix("torch.")
+                raise InputError(
+                    f"{reader.directory}: tensor {key} is stored as {stored}, and config.json has no "
+                    "quantization_config that says what its numbers stand for",
+                    hint="start from the checkpoint before it was quantised",
+                )
 
 
 def _target_rows(model: PreTrainedModel) -> int | None:

@@ -67,15 +67,15 @@ def fed(batches: Sequence[Batch], model: Any) -> Batches:
     """The batches as this model's class takes them: an encoder-decoder model without a head reads no labels."""
     if not model.config.is_encoder_decoder or "labels" in inspect.signature(model.forward).parameters:
         return [dict(batch) for batch in batches]
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id or 0
+    start, pad = (getattr(model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
     made = []
     for batch in batches:
         rest = {key: value for key, value in batch.items() if key != "labels"}
         if "labels" in batch:
             labels = batch["labels"]
             kept = labels != -100
-            first = torch.full_like(labels[:, :1], pad if start is None else start)
-            rest["decoder_input_ids"] = torch.cat([first, labels.masked_fill(~kept, pad)[:, :-1]], 1)
+            first = torch.full_like(labels[:, :1], (pad or 0) if start is None else start)
+            rest["decoder_input_ids"] = torch.cat([first, labels.masked_fill(~kept, pad or 0)[:, :-1]], 1)
             rest["decoder_attention_mask"] = kept.to(labels.dtype)
         made.append(rest)
     return made

@@ -167,7 +167,7 @@ class _Measured:
             data.label_names,
             trust_remote_code=self.trust_remote_code,
         )
-        if not data.vocabulary.knows(model.config.pad_token_id):
+        if not data.vocabulary.knows(getattr(model.config, "pad_token_id", None)):
             model.config.pad_token_id = data.pad
         moved: Any = model.to(self.device)
         return moved.eval()

@@ -54,7 +54,7 @@ def load_student(
         trust_remote_code=trust_remote_code,
         on_new=say if warn else None,
     )
-    if not data.vocabulary.knows(model.config.pad_token_id):
+    if not data.vocabulary.knows(getattr(model.config, "pad_token_id", None)):
         model.config.pad_token_id = data.pad
     if data.task.kind == "regression" and data.train and not has_head(checkpoint):
         _start_at_the_mean(model, [float(feature["labels"]) for feature in data.train])

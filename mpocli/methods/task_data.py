@@ -185,7 +185,9 @@ def model_vocabulary(checkpoint: Checkpoint, tokenizer: str | None = None) -> Vo
             hint="choose a model of text, or what needs no data",
         )
     loaded = load_tokenizer(checkpoint.source.directory, tokenizer, trust_remote_code=checkpoint.trust_remote_code)
-    vocabulary = Vocabulary(loaded, found.token_rows, found.target_rows)
+    types = getattr(checkpoint.config.get_text_config(), "type_vocab_size", None)
+    types = types if isinstance(types, int) else None
+    vocabulary = Vocabulary(loaded, found.token_rows, found.target_rows, types)
     vocabulary.check_decoder(checkpoint.config)
     return vocabulary
 

@@ -97,6 +97,8 @@ def encode(
 def _check_ids(features: Sequence[Mapping[str, Any]], examples: Examples, vocabulary: Vocabulary) -> None:
     for feature, line in zip(features, examples.lines, strict=False):
         where = f"{examples.source}: line {line}"
+        if "token_type_ids" in feature:
+            vocabulary.check_types(feature["token_type_ids"], where)
         vocabulary.check(feature["input_ids"], where)
         if isinstance(feature.get("labels"), list):
             vocabulary.check([label for label in feature["labels"] if label != IGNORE], where, written=True)
@@ -171,13 +173,13 @@ def _sequences(
     """One feature per text or pair, and the indices of those that were cut."""
     tokenizer = vocabulary.tokenizer
     room = max_length - ends_with_eos
-    rows = _features(tokenizer, texts, pairs, target)
+    rows = _features(vocabulary, texts, pairs, target)
     # Tokenised twice only where it is too long: that is what tells how many are, for every kind of tokenizer.
     long = [index for index, row in enumerate(rows) if len(row["input_ids"]) > room]
     if long:
         some_pairs = None if pairs is None else [pairs[index] for index in long]
         cut = _features(
-            tokenizer, [texts[i] for i in long], some_pairs, target, truncation="longest_first", max_length=room
+            vocabulary, [texts[i] for i in long], some_pairs, target, truncation="longest_first", max_length=room
         )
         for index, row in zip(long, cut, strict=True):
             rows[index] = row
@@ -195,13 +197,16 @@ _FAILS, _FAILS_HINT = "the tokenizer ({}) cannot read the text", "restore its fi
 
 
 def _features(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, target: bool, **truncation: Any
+    vocabulary: Vocabulary, texts: Sequence[str], pairs: Sequence[str] | None, target: bool, **truncation: Any
 ) -> list[dict[str, Any]]:
+    tokenizer = vocabulary.tokenizer
     text = "text_target" if target else "text"
     inputs = {text: list(texts)} if pairs is None else {text: list(texts), "text_pair": list(pairs)}
     with foreign(_FAILS.format(type(tokenizer).__name__), hint=_FAILS_HINT):
         made = tokenizer(**inputs, return_attention_mask=True, verbose=False, **truncation)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in made]
+    if vocabulary.types in (0, 1):  # all tokens are of one (RoBERTa, DeBERTa), whatever the tokenizer makes of pairs
+        keys = [key for key in keys if key != "token_type_ids"]
     return [dict(zip(keys, values, strict=True)) for values in zip(*(made[key] for key in keys), strict=True)]
 
 

@@ -26,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from mpocli.errors import InputError, NumericsError, UsageError
+from mpocli.hf.foreign import foreign
 from mpocli.io.disk import is_no_room
 from mpocli.modes import OF_CORES
 from mpocli.train.distill import Distillation
@@ -197,7 +198,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+        with foreign(f"a {type(self.model).__name__} cannot be trained on this data", hint="choose another --task"):
+            loss: Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
             raise NumericsError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}", hint="lower --lr or --mpo-lr"

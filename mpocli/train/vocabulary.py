@@ -16,12 +16,13 @@ class Vocabulary:
     """A tokenizer beside the model that reads its ids.
 
     `rows` are those of the table that the model looks its input up in; `target_rows` the least of those that a
-    decoder reads and that a head writes. None where a model has no such table.
+    decoder reads and that a head writes; `types` of that of token types. None where a model has no such table.
     """
 
     tokenizer: Any
     rows: int | None = None
     target_rows: int | None = None
+    types: int | None = None
 
     @property
     def size(self) -> int:
@@ -81,6 +82,14 @@ class Vocabulary:
         token = self.tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
         called = f"token {token!r} has" if token is not None else "a token has"
         raise InputError(f"{where}: {called} id {worst}, the model's table {rows} rows", hint=_HINT)
+
+    def check_types(self, types: Sequence[int], where: str) -> None:
+        """`InputError` for a token type that the model has no row for."""
+        if self.types is not None and types and max(types) >= self.types:
+            raise InputError(
+                f"{where}: the tokenizer gives token type {max(types)}, the model's table has {self.types} rows",
+                hint="name the model's own tokenizer with --tokenizer",
+            )
 
     def check_decoder(self, config: Any) -> None:
         """`InputError` where an encoder-decoder fills its decoder's input with an id that it has no row for."""

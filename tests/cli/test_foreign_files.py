@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from cli import tasks
-from cli.shell import Cli, edited, refused
+from cli.shell import Cli, edited, refused, rewrite
+from mpocli.cli import streams
+from mpocli.methods import inspect
 
 
 @pytest.fixture
@@ -124,3 +128,59 @@ def test_a_model_that_takes_no_text_cannot_be_calibrated_on_some(
     for command in (["decompose", "--ratio", "0.5"], ["sparsify", "--method", "wanda", "--sparsity", "0.5"]):
         refused(cli(command[0], tmp_path / "m", *command[1:], *text), 3, "input_features", "no text")
     assert not list(work.iterdir())
+
+
+STORED_AS = {"float8": torch.float8_e4m3fn, "int8": torch.int8, "packed": torch.uint8}
+VERBS: dict[str, list[object]] = {
+    "inspect": [],
+    "decompose": ["--trunc", 4],
+    "plan": ["--ratio", "0.5"],
+    "sparsify": ["--method", "magnitude", "--sparsity", "0.5"],
+    "expand-moe": ["--experts", 2],
+    "eval": ["--task", "lm", "--max-length", 16, "--eval", "dev.txt"],
+    "finetune": ["--task", "lm", "--max-length", 16, "--train", "dev.txt"],
+}
+
+
+@pytest.mark.parametrize("dtype", STORED_AS)
+def test_numbers_that_stand_for_others_are_no_weights_in_any_command(
+    dtype: str, model: Path, cli: Cli, lab: Path, work: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = "transformer.h.0.mlp.c_fc.weight"
+        tensors[name] = tensors[name].to(STORED_AS[dtype])
+
+    rewrite(model, change)
+    stored = str(STORED_AS[dtype]).removeprefix("torch.")
+    for verb in VERBS if dtype == "float8" else ("decompose", "eval"):
+        options = [lab / option if option == "dev.txt" else option for option in VERBS[verb]]
+        refused(cli(verb, model, *options), 3, "mlp.c_fc.weight", stored, "quantization_config")
+    assert not list(work.iterdir())
+
+
+def test_the_cores_of_an_mpo_are_plain_numbers_too(mpo: Path, cli: Cli) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.core_1"
+    rewrite(mpo, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e5m2)}))
+    refused(cli("inspect", mpo), 3, name, "float8_e5m2")
+
+
+def test_the_system_s_refusal_of_a_named_file_is_no_bug(model: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault: OSError = PermissionError(13, "Permission denied", "model/[/x]")
+    monkeypatch.setattr(inspect, "run", lambda *_, **__: (_ for _ in ()).throw(fault))
+    refused(cli("inspect", model), 3, "model/[/x]: Permission denied")
+    fault = FileNotFoundError(2, "No such file", "ours")
+    assert cli("inspect", model).code == 1
+
+
+def test_streams_that_were_closed_lead_nowhere_and_no_file_gets_their_descriptors(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        os.close(2)
+        sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python starts with them closed
+        streams.reopen()
+        sys.stdout.write("lost")
+        sys.stdout.flush()
+        with (tmp_path / "file").open("w") as file:
+            os._exit(0 if file.fileno() > 2 and os.fstat(1).st_rdev == Path(os.devnull).stat().st_rdev else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

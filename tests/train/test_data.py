@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,3 +427,61 @@ def test_the_real_files_have_their_published_number_of_rows(file: str, task: str
     if task == "stsb":
         assert examples.labels is not None
         assert math.isclose(sum(map(float, examples.labels)) / rows, 2.701, abs_tol=5e-4)
+
+
+# --- what no file of ours could hold, and what is no class ---------------------------------------------------------
+
+
+def test_half_of_a_character_is_named_by_its_line_where_it_is_read_and_passed_where_it_is_not(write: Write) -> None:
+    lines = ['{"sentence": "a", "label": 1, "by": "\\ud83d"}', '{"sentence": "b\\ud83d", "label": 0, "by": ""}']
+    fails(write("a.jsonl", "\n".join(lines)), "line 2", "\\ud83d")
+    fails(write("b.jsonl", '{"sentence": "a", "label": "x\\ude00"}'), "line 1", "\\ude00")
+    good = '{"sentence": "b\\ud83d\\ude00", "label": 0}'
+    assert read_examples(write("c.jsonl", f"{lines[0]}\n{good}"), SST2).texts == ("a", "b\U0001f600")
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("[0, 1]", ("[0, 1]", "is a list")), ('{"a": 1}', ("is an object",)), ("[]", ("is a list",))],
+)
+def test_a_label_that_is_many_or_none_is_no_class(label: str, words: tuple[str, ...], write: Write) -> None:
+    source = write("a.jsonl", f'{{"text": "a", "label": 0}}\n{{"text": "b", "label": {label}}}')
+    fails(source, "line 2", *words, task="classification", text_columns=["text"], label_column="label")
+
+
+def test_json_lines_that_no_program_should_read_are_refused(write: Write) -> None:
+    for value in ("[" * 5000 + "]" * 5000, "9" * 5000, "1e999"):
+        fails(write("a.jsonl", f'{{"sentence": "a", "label": {value}}}'), "line 1")
+
+
+def test_a_column_is_found_beside_stray_spaces_and_shown_with_them_where_it_is_not(write: Write) -> None:
+    source = write("a.csv", "sentence , label\na,1\nb,0\n")
+    assert read_examples(source, SST2).labels == (1, 0)
+    fails(source, "'sentence '", "' label'", task="rte")
+    twice = write("b.csv", "sentence ,label, sentence\na,1,b\n")
+    fails(twice, "no column sentence", "'sentence '")
+
+
+def test_classes_of_a_head_without_names_take_those_of_the_rows_only_where_it_is_trained(write: Write) -> None:
+    options: dict[str, Any] = {"text_columns": ["text"], "label_column": "label"}
+    options["label_names"] = ("LABEL_0", "LABEL_1")
+    named = write("a.csv", "text,label\nx,b\ny,a\n")
+    found = read_examples(named, GENERIC, renames=True, **options)
+    assert (found.label_names, found.labels) == (("a", "b"), (1, 0))
+    fails(named, "a, b", "LABEL_0, LABEL_1", "which is which", task="classification", **options)
+    more = write("b.csv", "text,label\nx,b\ny,a\nz,c\n")
+    fails(more, "3 classes", "has 2", task="classification", renames=True, **options)
+    numbered = write("c.csv", "text,label\nx,1\ny,0\n")
+    assert read_examples(numbered, GENERIC, renames=True, **options).label_names == ("LABEL_0", "LABEL_1")
+
+
+def test_what_cannot_be_read_is_told_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    fails(str(tmp_path / "pipe.csv"), "is a pipe")
+    (tmp_path / "a.csv").write_text("sentence,label\na,1\n")
+
+    def refuse(path: object, flags: int) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    fails(str(tmp_path / "a.csv"), "Permission denied")

@@ -8,7 +8,9 @@ import pytest
 from cli.tasks import VOCABULARY, tokenizer
 
 from mpocli.errors import InputError
-from mpocli.train.encode import lm_windows
+from mpocli.train.data import Examples
+from mpocli.train.encode import encode, lm_windows
+from mpocli.train.tasks import task_named
 from mpocli.train.vocabulary import Vocabulary
 
 SIZE = len(VOCABULARY)
@@ -39,6 +41,25 @@ def test_a_text_with_a_token_that_has_no_row_is_refused_with_token_id_and_rows()
 
 def test_random_replacements_are_drawn_from_what_both_have() -> None:
     assert [Vocabulary(tokenizer("bert"), rows).size for rows in (None, SIZE - 4, SIZE + 4)] == [SIZE, SIZE - 4, SIZE]
+
+
+def test_a_token_type_without_a_row_is_refused_and_one_type_for_all_is_left_out() -> None:
+    pair = Examples(("name",), ("food",), None, (1,), "here")
+    encoded = {
+        types: lambda types=types: encode(
+            pair,
+            task_named("rte"),
+            tokenizer("bert"),
+            max_length=9,
+            family="encoder",
+            vocabulary=Vocabulary(tokenizer("bert"), types=types),
+        ).features[0]
+        for types in (None, 1, 2)
+    }
+    assert encoded[None]()["token_type_ids"] == encoded[2]()["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert "token_type_ids" not in encoded[1]()
+    with pytest.raises(InputError, match=r"here: line 1.*token type 1, the model's table has 1 rows"):
+        Vocabulary(tokenizer("bert"), types=1).check_types([0, 1], "here: line 1")
 
 
 def test_a_tokenizer_without_a_mask_token_cannot_ask_a_masked_language_model() -> None:
