@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpocli.cli import task_options as task_
-from mpocli.cli.options import at_least, one_of, parse_bytes, share
+from mpocli.cli.options import at_least, one_of, parse_bytes, share_of
 from mpocli.errors import InputError, UsageError
 from mpocli.modes import Condition, excludes, needs
 
@@ -38,7 +38,7 @@ Ratio = Annotated[
     typer.Option(
         "--ratio",
         metavar="X",
-        parser=lambda text: share(text, "--ratio"),
+        parser=share_of("--ratio"),
         help="Keep this part of the selected matrices' parameters, as 0.5 or 50%.",
         rich_help_panel=PLAN,
     ),
@@ -53,6 +53,7 @@ MaxError = Annotated[
     float | None,
     typer.Option(
         "--max-error",
+        parser=share_of("--max-error"),
         metavar="X",
         help="Largest relative error of any matrix, in what it puts out where --calibrate says what goes in.",
         rich_help_panel=PLAN,

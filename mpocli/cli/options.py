@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +61,15 @@ def parse_bytes(text: str, option: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"{option} {text!r} is no size", hint="write it as 5GB, 300MB or 64MiB")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def share_of(option: str) -> Callable[[str | float], float]:
+    """What reads an option that is a share."""
+
+    def read(text: str | float) -> float:
+        return share(text, option) if isinstance(text, str) else text
+
+    return read
 
 
 def share(text: str, option: str) -> float:

@@ -49,6 +49,20 @@ err = _Console(stderr=True, soft_wrap=True, **_PLAIN)
 ROLE_ORDER = ("embedding", "attention", "ffn", "pooler", "head", None)
 
 
+def report(command: str, found: Any, show: Callable[[], None], *, json: bool) -> None:
+    """A command's result: what `show` prints, or one JSON object in the place of all that goes to stdout.
+
+    Notices and warnings go to stderr either way.
+    """
+    out.quiet = json
+    try:
+        show()
+    finally:
+        out.quiet = False
+    if json:
+        print_json(command, found)
+
+
 def print_json(command: str, report: Any, **extra: Any) -> None:
     """One object, `schema` first, never NaN."""
     data = {"schema": f"mpocli.{command}/1", **asdict(report), **extra}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpocli.cli.options import at_least, one_of
+from mpocli.cli.options import at_least, one_of, share_of
 from mpocli.cli.task_options import precision_of
 from mpocli.errors import UsageError
 from mpocli.modes import ALWAYS, OF_CORES, OF_CORES_ALONE, excludes, needs
@@ -51,7 +51,9 @@ StepCount = Annotated[
     int | None, typer.Option("--steps", metavar="N", help="Instead of --epochs.", rich_help_panel=HOW), ALWAYS
 ]
 Warmup = Annotated[
-    float, typer.Option("--warmup", metavar="X", help="Share of the steps.", rich_help_panel=HOW), ALWAYS
+    float,
+    typer.Option("--warmup", parser=share_of("--warmup"), metavar="X", help="Share of the steps.", rich_help_panel=HOW),
+    ALWAYS,
 ]
 SaveSteps = Annotated[
     int | None,
@@ -64,7 +66,15 @@ Teacher = Annotated[
     ALWAYS,
 ]
 DistillWeight = Annotated[
-    float, typer.Option("--distill-weight", metavar="X", help="Its share of the loss.", rich_help_panel=TEACHER), TAUGHT
+    float,
+    typer.Option(
+        "--distill-weight",
+        parser=share_of("--distill-weight"),
+        metavar="X",
+        help="Its share of the loss.",
+        rich_help_panel=TEACHER,
+    ),
+    TAUGHT,
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="X", help="Of both distributions.", rich_help_panel=TEACHER), TAUGHT

@@ -189,7 +189,7 @@ def run(
         totals=totals,
         before=before,
         router_params=router_params,
-        dense_experts_params=totals.params + dense - router_params,
+        dense_experts_params=totals.params + dense,  # which are routed too
     )
 
 

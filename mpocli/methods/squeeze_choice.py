@@ -31,13 +31,18 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """`8` or `5%`; `UsageError` for anything else."""
+        """`8`, or a share as `5%` or `0.05`; `UsageError` for anything else."""
         try:
-            step = cls(share=float(text.rstrip("% ")) / 100) if "%" in text else cls(dims=int(text))
+            percent = float(text.rstrip("% ")) / 100 if "%" in text else None
+            step = (
+                cls(dims=int(text)) if percent is None and text.strip().isdigit() else cls(share=percent or float(text))
+            )
         except ValueError:
             step = cls()
         if (step.dims < 1) == (not 0 < step.share < 1):
-            raise UsageError(f"--step {text!r} is no step", hint="write a number of dimensions, 8, or a share, 5%")
+            raise UsageError(
+                f"--step {text!r} is no step", hint="write a number of dimensions, 8, or a share, 5% or 0.05"
+            )
         return step
 
     def below(self, width: int) -> int:

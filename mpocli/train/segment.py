@@ -413,7 +413,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.line = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e}"
+            step = self.first + state.global_step
+            self.line = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.1e} (step {step:,})"
             self._tell(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

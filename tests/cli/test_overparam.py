@@ -29,6 +29,12 @@ def sst2(lab: Path, *more: object) -> list[object]:
     return [*files, "--batch-size", 8, "--lr", 3e-3, "--steps", 12, "--log-steps", 1, "--json", *more]
 
 
+def chosen(method: str) -> list[object]:
+    """Two matrices of each kind, in two portions where a method has such."""
+    portions: list[object] = ["--splits", 2, "--every", 3] if method == "dynamic" else []
+    return [*([] if method == "svd" else ["--top-n", 2]), *portions]
+
+
 @pytest.fixture(scope="module")
 def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of four layers without dropout."""
@@ -55,7 +61,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def test_the_output_is_an_ordinary_checkpoint_of_the_original_size(
     method: str, train: Train, body: Path, work: Path
 ) -> None:
-    report = train("out", "--overparam", method, "--top-n", 2)
+    report = train("out", "--overparam", method, *chosen(method))
     found = report["overparam"]
     plain = tf.AutoModelForSequenceClassification.from_pretrained(body)
     size = sum(parameter.numel() for parameter in plain.parameters())
@@ -96,7 +102,7 @@ def test_expanded_matrices_move_and_otherwise_than_plain_ones(train: Train, body
     before = tf.AutoModel.from_pretrained(body).state_dict()
     chosen = {one["module"] for one in train("svd", "--overparam", "svd")["overparam"]["expanded"]}
     train("deep", "--overparam", "static", "--top-n", 4, "--score-steps", 1)
-    train("none", "--overparam", "none")
+    train("none", "--overparam", "none", "--mpo-lr", 3e-3)
     arms = {name: weights(work / name) for name in ("svd", "deep", "none")}
     assert len(chosen) == KINDS * 4
     for name in chosen:
@@ -182,7 +188,7 @@ def test_the_optimiser_owns_exactly_the_live_tensors_of_every_segment(
         seen.append({float(found["step"]) for found in state.values()})
 
     monkeypatch.setattr(overparam, "train_segment", watched)
-    train("out", "--overparam", method, "--top-n", 2, "--splits", 2, "--every", 3, "--accumulation", accumulation)
+    train("out", "--overparam", method, *chosen(method), "--accumulation", accumulation)
     steps = {"static": [{3.0}, {9.0}], "dynamic": [{3.0}, {6.0}, {12.0}], "svd": [{12.0}]}[method]
     assert seen == steps
 
@@ -262,7 +268,7 @@ def test_killed_and_resumed_gives_the_bytes_of_the_uninterrupted_run(
     method: str, moments: list[Moment], lab: Path, body: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """Between expansions, before one is written, and within a segment."""
-    options = ["--overparam", method, "--top-n", 2, "--splits", 2, "--every", 3, "--save-steps", 2, "-o"]
+    options = ["--overparam", method, *chosen(method), "--save-steps", 2, "-o"]
     arguments = ["finetune", body, *sst2(lab, *options)]
     whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err

@@ -9,6 +9,7 @@ import shutil
 import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ RANK = 5
 
 def sst2(lab: Path, *more: object) -> list[object]:
     files = ["--task", "sst2", "--train", lab / "train.tsv", "--eval", lab / "dev.tsv", "--max-length", 32]
-    return [*files, "--batch-size", 8, "--lr", 1e-3, "--json", *more]
+    trains = ("--finetune-steps", 0) not in pairwise(more)
+    return [*files, *(["--batch-size", 8, "--lr", 1e-3] if trains else []), "--json", *more]
 
 
 @pytest.fixture(scope="module")

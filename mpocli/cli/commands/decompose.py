@@ -13,7 +13,7 @@ import typer
 from mpocli.cli import budget_options as plan
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
-from mpocli.cli.options import at_least, one_of
+from mpocli.cli.options import at_least, one_of, share_of
 from mpocli.modes import ALWAYS, Without, excludes, needs, of_role
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def command(
         float | None,
         typer.Option(
             "--rel-tol",
+            parser=share_of("--rel-tol"),
             metavar="X",
             rich_help_panel=SIZE,
             help="Largest relative Frobenius error of each matrix, before rounding to the stored dtype; "
@@ -248,14 +249,15 @@ def command(
         trust_remote_code=trust_remote_code,
         budget=budget,
     )
-    with quiet.transformers(), render.progress_bar("decompose", enabled=not json) as progress:
+    with quiet.transformers(), render.progress_bar("decompose") as progress:
         report = decompose.run(model, config, destination, overwrite=overwrite, dry_run=dry_run, progress=progress)
-    if json:
-        render.print_json("decompose", report)
-    else:
+
+    def say() -> None:
         show(report)
         if budget is None and config.truncates:
             _name_the_planner(report, model, layers, target or [], ignore or [])
+
+    render.report("decompose", report, say, json=json)
 
 
 def _name_the_planner(

@@ -38,12 +38,9 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import demo
 
-    with quiet.transformers(), _stages(enabled=not json) as progress:
+    with quiet.transformers(), _stages() as progress:
         report = demo.run(cache or _default_cache(), out, progress=progress)
-    if json:
-        render.print_json("demo", report)
-    else:
-        _show(report)
+    render.report("demo", report, lambda: _show(report), json=json)
 
 
 def _default_cache() -> Path:
@@ -52,15 +49,12 @@ def _default_cache() -> Path:
 
 
 @contextmanager
-def _stages(*, enabled: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, one below the other."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from mpocli.cli import render
 
-    if not enabled:
-        yield None
-        return
     if not render.err.is_terminal:
         begun: list[str] = []
 

@@ -40,12 +40,19 @@ def command(
     ] = None,
     fail_below: Annotated[
         list[str] | None,
-        typer.Option("--fail-below", metavar="METRIC=X", help="Least value that will do.", rich_help_panel=GATES),
+        typer.Option(
+            "--fail-below",
+            metavar="METRIC=X",
+            help="Worst value that will do: the least, of perplexity the largest.",
+            rich_help_panel=GATES,
+        ),
         DATA_OR_HARNESS,
     ] = None,
     max_drop: Annotated[
         list[str] | None,
-        typer.Option("--max-drop", metavar="METRIC=X", help="Largest loss to --baseline.", rich_help_panel=GATES),
+        typer.Option(
+            "--max-drop", metavar="METRIC=X", help="Most that it may be worse than --baseline.", rich_help_panel=GATES
+        ),
         needs("--baseline"),
         DATA_OR_HARNESS,
     ] = None,
@@ -123,7 +130,7 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import evaluate as method
 
-    with quiet.transformers(), render.progress_bar("eval", enabled=not json) as progress:
+    with quiet.transformers(), render.progress_bar("eval") as progress:
         report = method.run(
             model,
             data,
@@ -136,10 +143,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if json:
-        render.print_json("eval", report)
-    else:
-        _show(report)
+    render.report("eval", report, lambda: _show(report), json=json)
     missed = method.check_gates(report, *gates)
     if missed:
         raise TargetNotMetError("; ".join(missed), hint="compress less, or fine-tune longer")
@@ -150,12 +154,17 @@ def _gates(option: str, texts: list[str] | None) -> list[tuple[str, float]]:
     for text in texts or []:
         name, _, number = text.partition("=")
         try:
-            found.append((name.strip(), float(number)))
+            found.append((name.strip(), _value(name, number, option)))
             if not math.isfinite(found[-1][1]):
                 raise ValueError
-        except ValueError:
+        except (ValueError, UsageError):
             raise UsageError(f"{option} {text!r} cannot be read", hint=f"write it as {option} accuracy=0.85") from None
     return found
+
+
+def _value(name: str, number: str, option: str) -> float:
+    """A metric's bound; metrics from 0 to 1 may be written as a share, as 85%."""
+    return float(number) if "perplexity" in name or name.strip() == "bleu" else options.share(number, option)
 
 
 def _check_names(task: str, gates: tuple[list[tuple[str, float]], ...]) -> None:
@@ -204,7 +213,7 @@ def _show(report: EvalReport) -> None:
         pairs = [speed or None for speed in speeds]
         row("p50 per batch", *[f"{s.batch_seconds_p50 * 1e3:.1f} ms" if s else "" for s in pairs])
         row("tokens / s", *[f"{s.tokens_per_second:,.0f}" if s else "" for s in pairs])
-        row("peak memory", *[render.size(s.peak_memory_bytes) if s else "" for s in pairs])
+        row("peak of the process", *[render.size(s.peak_memory_bytes) if s else "" for s in pairs])
     render.show(table)
     if report.metrics:
         render.out.print(f"{report.samples:,} {'windows' if report.task == 'lm' else 'samples'}", style="dim")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpocli.cli import options
-from mpocli.cli.options import at_least, check_finite, check_sites, one_of, parse_bytes, parse_layers, parse_shapes
+from mpocli.cli.options import (
+    at_least,
+    check_finite,
+    check_sites,
+    one_of,
+    parse_bytes,
+    parse_layers,
+    parse_shapes,
+    share_of,
+)
 from mpocli.cli.train_options import check_share
 from mpocli.errors import InputError, UsageError
 from mpocli.modes import ALWAYS, Condition, excludes
@@ -71,7 +80,11 @@ def command(
     noise: Annotated[
         float,
         typer.Option(
-            "--noise", metavar="X", help="On auxiliary cores, × their size: another start.", rich_help_panel=WHAT
+            "--noise",
+            parser=share_of("--noise"),
+            metavar="X",
+            help="On auxiliary cores, × their size: another start.",
+            rich_help_panel=WHAT,
         ),
         ALWAYS,
     ] = 0.0,
@@ -97,13 +110,20 @@ def command(
     ] = False,
     jitter: Annotated[
         float,
-        typer.Option("--jitter", metavar="X", help="Router inputs × 1 ± X in training.", rich_help_panel=ROUTER),
+        typer.Option(
+            "--jitter",
+            parser=share_of("--jitter"),
+            metavar="X",
+            help="Router inputs × 1 ± X in training.",
+            rich_help_panel=ROUTER,
+        ),
         ALWAYS,
     ] = 0.0,
     mask_prob: Annotated[
         float | None,
         typer.Option(
             "--mask-prob",
+            parser=share_of("--mask-prob"),
             metavar="P",
             help="Discard a shared core's update; 1 freezes. Default: 0.5.",
             rich_help_panel=TRAINING,
@@ -191,12 +211,9 @@ def command(
     )
     destination = out or options.default_out(model, "moe")
     options.check_out_before_download(model, destination, overwrite=overwrite)
-    with quiet.transformers(), render.progress_bar("expand-moe", enabled=not json) as progress:
+    with quiet.transformers(), render.progress_bar("expand-moe") as progress:
         report = expand_moe.run(model, config, destination, overwrite=overwrite, progress=progress)
-    if json:
-        render.print_json("expand-moe", report)
-    else:
-        _show(report)
+    render.report("expand-moe", report, lambda: _show(report), json=json)
 
 
 def _routing(

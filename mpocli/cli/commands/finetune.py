@@ -11,7 +11,7 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
-from mpocli.cli.options import at_least, check_sites, one_of, parse_layers, parse_shapes
+from mpocli.cli.options import at_least, check_sites, one_of, parse_layers, parse_shapes, share_of
 from mpocli.errors import UsageError
 from mpocli.modes import ALWAYS, OF_EXPERTS, OF_SHARED, excludes, needs
 
@@ -150,7 +150,13 @@ def command(
     ] = 8,
     mask_prob: Annotated[
         float | None,
-        typer.Option("--mask-prob", metavar="P", help="Discard a shared core's update.", rich_help_panel=EXPERTS),
+        typer.Option(
+            "--mask-prob",
+            parser=share_of("--mask-prob"),
+            metavar="P",
+            help="Discard a shared core's update.",
+            rich_help_panel=EXPERTS,
+        ),
         OF_SHARED,
     ] = None,
     balance_loss: Annotated[
@@ -286,7 +292,7 @@ def command(
 
     destination = out or options.default_out(model, "finetuned")
     try:
-        with quiet.transformers(), render.training_bar("finetune", enabled=not json) as progress:
+        with quiet.transformers(), render.training_bar("finetune") as progress:
             how = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
             if chosen_seeds:
                 reports = finetune.run_seeds(model, config, destination, chosen_seeds, **how)  # type: ignore[arg-type]
@@ -299,12 +305,8 @@ def command(
         raise
     if not reports[0].is_writer:
         return
-    if json and chosen_seeds:
-        render.print_json("finetune", finetune.summary(str(destination), chosen_seeds, reports))
-    elif json:
-        render.print_json("finetune", reports[0])
-    else:
-        _show(reports, chosen_seeds, str(destination))
+    found = finetune.summary(str(destination), chosen_seeds, reports) if chosen_seeds else reports[0]
+    render.report("finetune", found, lambda: _show(reports, chosen_seeds, str(destination)), json=json)
 
 
 def _seeds(text: str | None) -> tuple[int, ...]:

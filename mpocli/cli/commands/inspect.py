@@ -71,7 +71,7 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import inspect
 
-    with quiet.transformers(), render.progress_bar("inspect", enabled=(spectrum or verify) and not json) as progress:
+    with quiet.transformers(), render.progress_bar("inspect", enabled=spectrum or verify) as progress:
         report = inspect.run(
             model,
             module=tuple(module or ()),
@@ -84,10 +84,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if json:
-        render.print_json("inspect", report)
-    else:
-        _show(report, one_by_one=bool(module))
+    render.report("inspect", report, lambda: _show(report, one_by_one=bool(module)), json=json)
     if report.problems:
         raise InputError(
             f"{model}: {len(report.problems)} of {report.checks} checks failed; the first: {report.problems[0]}",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mpocli.cli import options
+
+if TYPE_CHECKING:
+    from mpocli.methods.merge import MergeReport
 
 
 def command(
@@ -32,7 +37,7 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import merge
 
-    with quiet.transformers(), render.progress_bar("merge", enabled=not json) as progress:
+    with quiet.transformers(), render.progress_bar("merge") as progress:
         report = merge.run(
             model,
             destination,
@@ -43,9 +48,12 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if json:
-        render.print_json("merge", report)
-        return
+    render.report("merge", report, lambda: _show(report), json=json)
+
+
+def _show(report: MergeReport) -> None:
+    from mpocli.cli import render
+
     table = render.table("", "before", "after")
     table.add_row("matrices as MPO", str(report.merged), "0")
     if report.unpacked:

@@ -104,12 +104,9 @@ def command(
         trust_remote_code=trust_remote_code,
         budget=budget,
     )
-    with quiet.transformers(), render.progress_bar("plan", enabled=not json) as progress:
+    with quiet.transformers(), render.progress_bar("plan") as progress:
         report = decompose.run(model, config, options.default_out(model, "mpo"), dry_run=True, progress=progress)
-    if json:
-        render.print_json("plan", report)
-    else:
-        show(report)
+    render.report("plan", report, lambda: show(report), json=json)
 
 
 def show(report: DecomposeReport) -> None:

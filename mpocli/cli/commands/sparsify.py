@@ -9,7 +9,7 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
-from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, parse_layers
+from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, parse_layers, share_of
 from mpocli.errors import InputError, UsageError
 from mpocli.modes import ALWAYS, Condition, excludes, needs
 
@@ -38,7 +38,12 @@ def command(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            "--sparsity", "-s", metavar="X", help="Zeros / entries. Default: 0.9, or N:M's.", rich_help_panel=WHAT
+            "--sparsity",
+            "-s",
+            parser=share_of("--sparsity"),
+            metavar="X",
+            help="Zeros / entries. Default: 0.9, or N:M's.",
+            rich_help_panel=WHAT,
         ),
         ALWAYS,
     ] = None,
@@ -118,15 +123,37 @@ def command(
         excludes(task_.ROWS_OF_TASK, why="rows are cut by --max-length"),
     ] = 256,
     initial_sparsity: Annotated[
-        float, typer.Option("--initial-sparsity", metavar="X", help="At the first step.", rich_help_panel=WHEN), TRAINED
+        float,
+        typer.Option(
+            "--initial-sparsity",
+            parser=share_of("--initial-sparsity"),
+            metavar="X",
+            help="At the first step.",
+            rich_help_panel=WHEN,
+        ),
+        TRAINED,
     ] = 0.0,
     initial_warmup: Annotated[
         float,
-        typer.Option("--initial-warmup", metavar="X", help="Share of steps before.", rich_help_panel=WHEN),
+        typer.Option(
+            "--initial-warmup",
+            parser=share_of("--initial-warmup"),
+            metavar="X",
+            help="Share of steps before.",
+            rich_help_panel=WHEN,
+        ),
         TRAINED,
     ] = 0.1,
     final_warmup: Annotated[
-        float, typer.Option("--final-warmup", metavar="X", help="Share of steps after.", rich_help_panel=WHEN), TRAINED
+        float,
+        typer.Option(
+            "--final-warmup",
+            parser=share_of("--final-warmup"),
+            metavar="X",
+            help="Share of steps after.",
+            rich_help_panel=WHEN,
+        ),
+        TRAINED,
     ] = 0.3,
     weight_rank: Annotated[
         int,
@@ -301,7 +328,7 @@ def command(
         options.check_out_before_download(model, destination, overwrite=overwrite)
     bar = render.training_bar if config.trains else render.progress_bar
     try:
-        with quiet.transformers(), bar("sparsify", enabled=not json) as progress:
+        with quiet.transformers(), bar("sparsify") as progress:
             report = sparsify.run(
                 model, config, destination, overwrite=overwrite, resume=resume, progress=progress, warn=render.warn
             )
@@ -312,10 +339,7 @@ def command(
         raise
     if not report.is_writer:
         return
-    if json:
-        render.print_json("sparsify", report)
-    else:
-        _show(report)
+    render.report("sparsify", report, lambda: _show(report), json=json)
 
 
 def _pattern(text: str) -> Pattern:

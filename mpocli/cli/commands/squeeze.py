@@ -10,7 +10,7 @@ import typer
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
 from mpocli.cli import train_options as train_
-from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes
+from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, share_of
 from mpocli.cli.train_options import HOW
 from mpocli.errors import TargetNotMetError, UsageError
 from mpocli.modes import ALWAYS, excludes, needs
@@ -27,7 +27,7 @@ TRAINED_OR_FELT = needs("--finetune-steps", "--order sensitivity", why="no train
 def command(
     model: options.Model,
     task: task_.TaskName = None,
-    train: Annotated[task_.Train, TRAINED_OR_FELT] = None,
+    train: task_.Train = None,
     evaluate: task_.Eval = None,
     test: task_.Test = None,
     out: options.Out = None,
@@ -48,7 +48,13 @@ def command(
     ] = None,
     target_ratio: Annotated[
         float | None,
-        typer.Option("--target-ratio", metavar="X", help="Of the dense model's parameters.", rich_help_panel=WHEN),
+        typer.Option(
+            "--target-ratio",
+            parser=share_of("--target-ratio"),
+            metavar="X",
+            help="Of the dense model's parameters.",
+            rich_help_panel=WHEN,
+        ),
         ALWAYS,
     ] = None,
     target_bytes: Annotated[
@@ -117,7 +123,13 @@ def command(
     accumulation: Annotated[train_.Accumulation, TRAINED] = 1,
     warmup: Annotated[
         float,
-        typer.Option("--warmup", metavar="X", help="Share of the first round's steps.", rich_help_panel=HOW),
+        typer.Option(
+            "--warmup",
+            parser=share_of("--warmup"),
+            metavar="X",
+            help="Share of the first round's steps.",
+            rich_help_panel=HOW,
+        ),
         TRAINED,
     ] = 0.06,
     weight_decay: Annotated[train_.WeightDecay, TRAINED] = 0.0,
@@ -255,7 +267,7 @@ def command(
         beside = {"--out": destination, "the training directory": training_directory(destination)}
         check_apart({**beside, "--plot": plot}, paths_read(Path(model), config))
     try:
-        with quiet.transformers(), live_rounds(enabled=not json) as watch:
+        with quiet.transformers(), live_rounds() as watch:
             report = squeeze.run(model, config, destination, overwrite=overwrite, resume=resume, watch=watch)
     except KeyboardInterrupt:
         kept = training_directory(destination)
@@ -264,10 +276,7 @@ def command(
         raise
     if not report.is_writer:
         return
-    if json:
-        render.print_json("squeeze", report)
-    else:
-        _show(report)
+    render.report("squeeze", report, lambda: _show(report), json=json)
     if plot is not None:
         plots.squeeze(picture, report)
         render.err.print(f"drawn in {plot}")
