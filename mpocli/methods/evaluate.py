@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mpocli.io.apart import check_apart
 from mpocli.io.files import OutputFile
 from mpocli.io.manifest import Totals
 from mpocli.methods.device import device_of
+from mpocli.methods.harness import HarnessReport
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.memory import peak_memory, reset_peak_memory
 from mpocli.methods.task_data import (
@@ -292,7 +293,7 @@ def _write_predictions(file: OutputFile, data: TaskData, runs: Sequence[Run]) ->
 
 
 def check_gates(
-    report: EvalReport, fail_below: Sequence[tuple[str, float]], max_drop: Sequence[tuple[str, float]]
+    report: EvalReport | HarnessReport, fail_below: Sequence[tuple[str, float]], max_drop: Sequence[tuple[str, float]]
 ) -> list[str]:
     """What a report misses of the gates, one line each. Raises `InputError` for a metric that it does not have.
 
@@ -300,14 +301,19 @@ def check_gates(
     better, a drop is a rise, and `fail_below` is a bound from above.
     """
     missed = []
+    less_is_better = report.less_is_better if isinstance(report, HarnessReport) else ()
     for name, least in fail_below:
-        value, better = _metric(report.metrics, name), _sign(name)
+        value, better = _metric(report.metrics, name), _sign(name, less_is_better)
         if better * value < better * least:
             missed.append(f"{name} is {value:.4f}, {'at least' if better > 0 else 'at most'} {least:g} was asked for")
     for name, most in max_drop:
         if report.baseline is None:
             raise InputError("--max-drop compares with a baseline", hint="add --baseline MODEL")
-        value, before, better = _metric(report.metrics, name), _metric(report.baseline.metrics, name), _sign(name)
+        value, before, better = (
+            _metric(report.metrics, name),
+            _metric(report.baseline.metrics, name),
+            _sign(name, less_is_better),
+        )
         if better * (before - value) > most:
             missed.append(f"{name} went from {before:.4f} to {value:.4f}, a change of {most:g} was allowed")
     return missed
@@ -319,5 +325,5 @@ def _metric(metrics: dict[str, float], name: str) -> float:
     return metrics[name]
 
 
-def _sign(name: str) -> int:
-    return -1 if "perplexity" in name else 1
+def _sign(name: str, less_is_better: Collection[str] = ()) -> int:
+    return -1 if "perplexity" in name or name in less_is_better else 1

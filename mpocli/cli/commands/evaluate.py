@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -13,15 +11,18 @@ import typer
 
 from mpocli.cli import options
 from mpocli.cli import task_options as task_
-from mpocli.errors import InputError, TargetNotMetError, UsageError
+from mpocli.errors import TargetNotMetError, UsageError
 from mpocli.modes import ALWAYS, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.hf.sparse_paths import PathChoice, PathReport
     from mpocli.methods.evaluate import EvalReport
+    from mpocli.methods.harness import HarnessOptions, HarnessReport
 
 GATES = "Gates for CI (exit 5)"
+HARNESS = "EleutherAI's harness"
 TASKED = needs("--task")
+HARNESSED = needs("--lm-eval")
 DATA_OR_HARNESS = needs("--task", "--lm-eval", why="nothing is measured")
 
 
@@ -58,7 +59,16 @@ def command(
     ] = None,
     text_column: Annotated[task_.TextColumn, TASKED] = None,
     label_column: Annotated[task_.LabelColumn, TASKED] = None,
-    max_length: Annotated[task_.MaxLength, DATA_OR_HARNESS] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            metavar="N",
+            help="Tokens per example, or per window. Default: 128; of --lm-eval the model's.",
+            rich_help_panel=task_.DATA,
+        ),
+        DATA_OR_HARNESS,
+    ] = None,
     tokenizer: Annotated[task_.Tokenizer, DATA_OR_HARNESS] = None,
     batch_size: Annotated[
         int,
@@ -79,8 +89,23 @@ def command(
     ] = "auto",
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Hand over to EleutherAI's harness, where installed."),
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK,…",
+            help="Tasks of EleutherAI's harness instead, where that is installed.",
+            rich_help_panel=HARNESS,
+        ),
         ALWAYS,
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", metavar="N", help="Examples in a prompt.", rich_help_panel=HARNESS),
+        HARNESSED,
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", help="Samples of each task.", rich_help_panel=HARNESS),
+        HARNESSED,
     ] = None,
     overwrite: Annotated[
         bool,
@@ -106,7 +131,28 @@ def command(
     gates = _gates("--fail-below", fail_below), _gates("--max-drop", max_drop)
     options.one_of("--path", path, ("auto", "dense", "sparse"))
     if lm_eval is not None:
-        _harness(model, lm_eval, device, revision, trust_remote_code)
+        options.at_least("--num-fewshot", num_fewshot, 0)
+        for option, number in (("--limit", limit), ("--batch-size", batch_size), ("--max-length", max_length)):
+            options.at_least(option, number, 1)
+        options.one_of("--precision", precision, ("auto", "fp32", "bf16"))
+        tasks = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
+        if not tasks:
+            raise UsageError(f"--lm-eval {lm_eval!r} names no task", hint="--lm-eval hellaswag, for example")
+        from mpocli.methods.harness import HarnessOptions
+
+        harness = HarnessOptions(
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            max_length=max_length,
+            precision=precision,
+            device=device,
+            tokenizer=tokenizer,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        _run_harness(model, harness, baseline, gates, json=json)
         return
     if task is not None and not evaluate:
         raise UsageError("--eval is missing", hint="name the file to evaluate on")
@@ -117,7 +163,7 @@ def command(
             evaluate=evaluate,
             text_column=text_column,
             label_column=label_column,
-            max_length=max_length,
+            max_length=128 if max_length is None else max_length,
             eval_batch_size=batch_size,
             batch_option="--batch-size",
             precision=task_.precision_of(precision, device),
@@ -177,20 +223,37 @@ def _check_names(task: str, gates: tuple[list[tuple[str, float]], ...]) -> None:
             raise UsageError(f"no metric {name!r} is measured for --task {task}", hint=f"there are {', '.join(known)}")
 
 
-def _harness(model: str, tasks: str, device: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Run lm_eval in a process that has imported mpocli, so that its `from_pretrained` knows MPO checkpoints."""
-    from importlib.util import find_spec
+def _run_harness(
+    model: str, harness: HarnessOptions, baseline: str | None, gates: tuple[list[tuple[str, float]], ...], *, json: bool
+) -> None:
+    from mpocli.cli import render
+    from mpocli.methods import evaluate
+    from mpocli.methods import harness as method
 
-    if find_spec("lm_eval") is None:
-        raise InputError("--lm-eval: EleutherAI's harness is not installed", hint="pip install lm_eval")
-    arguments = f"pretrained={model}" + (f",revision={revision}" if revision else "")
-    arguments += ",trust_remote_code=True" if trust_remote_code else ""
-    code = "import mpocli, sys; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
-    where = [] if device == "auto" else ["--device", device]
-    command_line = [sys.executable, "-c", code, "--model", "hf", "--model_args", arguments, "--tasks", tasks, *where]
-    done = subprocess.run(command_line, check=False)
-    if done.returncode:
-        raise InputError(f"lm_eval ended with exit code {done.returncode}", hint="see its messages above")
+    report = method.run(model, harness, baseline=baseline)
+    render.report("eval", report, lambda: _show_harness(report), json=json)
+    missed = evaluate.check_gates(report, *gates)
+    if missed:
+        raise TargetNotMetError("; ".join(missed), hint="compress less, or fine-tune longer")
+
+
+def _show_harness(report: HarnessReport) -> None:
+    from mpocli.cli import render
+
+    other = report.baseline
+    table = render.table("", "model", *(("baseline",) if other else ()))
+    for name, value in report.metrics.items():
+        theirs = other.metrics.get(name) if other else None
+        table.add_row(
+            name, render.metric(value), *(("" if theirs is None else render.metric(theirs),) if other else ())
+        )
+    table.add_section()
+    for name in ("params", "bytes"):
+        shown = render.size if name == "bytes" else render.count
+        cells = (shown(getattr(arm.totals, name)) for arm in (report, other) if arm)
+        table.add_row({"params": "parameters"}.get(name, name), *cells)
+    render.show(table)
+    render.out.print(f"{report.samples:,} samples of {', '.join(report.tasks)}", style="dim")
 
 
 def _show(report: EvalReport) -> None:
