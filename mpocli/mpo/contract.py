@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Path = Literal["rebuild", "left", "right"]
@@ -26,11 +27,16 @@ def to_dense(cores: Sequence[Tensor]) -> Tensor:
     bond_in, out, in_, bond_out = core.shape
     result = core.reshape(bond_in, out, in_, bond_out)
     if central:
-        left = reduce(_join, cores[:central])  # (1, O_l, I_l, χ)
+        left = join(cores[:central])  # (1, O_l, I_l, χ)
         result = _join(left, result)
     if central + 1 < len(cores):
-        result = _join(result, reduce(_join, cores[central + 1 :]))
+        result = _join(result, join(cores[central + 1 :]))
     return result.reshape(result.shape[1], result.shape[2])
+
+
+def join(cores: Sequence[Tensor]) -> Tensor:
+    """Neighbouring cores as one: (left bond, Π out, Π in, right bond)."""
+    return reduce(_join, cores)
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
@@ -111,10 +117,20 @@ def choose_path(tokens: int, out_dims: Sequence[int], in_dims: Sequence[int], bo
     >>> choose_path(1000, (768, 1), (1, 768), (1, 64, 1))
     'right'
     """
-    rebuild = rebuild_macs(out_dims, in_dims, bond_dims) + tokens * math.prod(out_dims) * math.prod(in_dims)
-    costs: dict[Path, int] = {
-        "rebuild": rebuild,
-        "right": tokens * chain_macs(out_dims, in_dims, bond_dims, "right"),
-        "left": tokens * chain_macs(out_dims, in_dims, bond_dims, "left"),
-    }
-    return min(costs, key=lambda path: costs[path])
+    dense = math.prod(out_dims) * math.prod(in_dims)
+    right, left = (chain_macs(out_dims, in_dims, bond_dims, path) for path in ("right", "left"))
+    chain: Path = "right" if right <= left else "left"
+    # A token costs so much more in the chain, and rebuilding W costs so much once.
+    more, once = min(right, left) - dense, rebuild_macs(out_dims, in_dims, bond_dims)
+    if more <= 0:
+        return chain if more < 0 or once else "rebuild"
+    return chain if _is_known(tokens * more < once) else "rebuild"
+
+
+def _is_known(condition: bool) -> bool:
+    """Whether it holds; of a number of tokens that a compiled graph leaves open, whether it holds for every number."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mpocli.mpo.contract import join
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
 from mpocli.nn.cores import MPOModule
@@ -63,19 +65,41 @@ class MPOEmbedding(MPOModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…) integers → (…, embedding_dim). Raises `IndexError` for an id outside the vocabulary."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # How many ids are distinct is not known to a graph, and must not shape it.
+            return self._finished(self._traced_rows(ids), ids)
         distinct, position = torch.unique(ids, return_inverse=True)
         if not distinct.numel():
             return self.cores[0].new_zeros(*ids.shape, self.embedding_dim)
-        if not torch.compiler.is_compiling() and (distinct[0] < 0 or distinct[-1] >= self.num_embeddings):
+        if distinct[0] < 0 or distinct[-1] >= self.num_embeddings:
             raise IndexError(f"token ids {int(distinct[0])}..{int(distinct[-1])} in a table of {self.num_embeddings}")
         # A table's rows are exact under autocast, so these must be too.
         with torch.autocast(ids.device.type, enabled=False):
             rows = self._rows(distinct)[:, : self.embedding_dim]
+        return self._finished(rows, distinct)[position.reshape(-1)].reshape(*ids.shape, self.embedding_dim)
+
+    def _finished(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """The rows (…, I) of ids (…), without a gradient of the padding's, scaled."""
         if self.padding_idx is not None and rows.requires_grad:
-            rows = torch.where((distinct == self.padding_idx)[:, None], rows.detach(), rows)
+            rows = torch.where((ids == self.padding_idx)[..., None], rows.detach(), rows)
         if self.scale != 1.0:
             rows = rows * (torch.tensor(self.scale, dtype=rows.dtype) if self.rounds_scale else self.scale)
-        return rows[position.reshape(-1)].reshape(*ids.shape, self.embedding_dim)
+        return rows
+
+    def _traced_rows(self, ids: Tensor) -> Tensor:
+        """Rows (…, I) of ids (…) by operations whose shapes depend on nothing but theirs.
+
+        Of an SVD a row of one factor times the other; else a row of the table, which is built once a pass, as a linear
+        layer's weight is.
+        """
+        cut = self.central + 1
+        is_svd = math.prod(self.sites.in_dims[:cut]) == math.prod(self.sites.out_dims[cut:]) == 1
+        with torch.autocast(ids.device.type, enabled=False):
+            if not is_svd:
+                return F.embedding(ids, self.weight_matrix())
+            left, right = join(self.cores[:cut]), join(self.cores[cut:])  # (1, O, 1, χ), (χ, 1, I, 1)
+            factor = left.reshape(left.shape[1], -1)[: self.num_embeddings]
+            return (F.embedding(ids, factor) @ right.reshape(right.shape[0], -1))[..., : self.embedding_dim]
 
     def dense_weight(self) -> Tensor:
         """The table itself, O×I."""

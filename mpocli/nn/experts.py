@@ -84,6 +84,8 @@ class MPOExperts(MPOModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return dispatch_traced(x, self)
         return dispatch(x, self.router, self.place, self.out_features, self._multiply)
 
     def stacked(self, core: int) -> bool:
@@ -231,6 +233,8 @@ class DenseExperts(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return dispatch_traced(x, self)
         return dispatch(x, self.router, self.place, self.out_features, self._multiply)
 
     def weight_matrix(self, expert: int) -> Tensor:
@@ -278,6 +282,28 @@ def dispatch(x: Tensor, router: Router | None, place: Place, out_features: int, 
         return slots.reshape(*leading, *((k,) if k > 1 else ()), out_features)
     weighted = slots.reshape(-1, k, out_features) * routing.gates.to(slots.dtype)[:, :, None]
     return (weighted.sum(1) if k > 1 else weighted).reshape(*leading, out_features)
+
+
+def dispatch_traced(x: Tensor, layer: MPOExperts | DenseExperts) -> Tensor:
+    """The same in a compiled graph, whose shapes must not depend on the routing: every expert multiplies every row."""
+    router = layer.router
+    if router is None:
+        raise RuntimeError("a layer of experts without a router")
+    routing = router(x) if layer.place == "in" else router.take()
+    k, first = routing.k, layer.place == "in"
+    leading = x.shape[:-1] if first or k == 1 else x.shape[:-2]
+    rows = x.reshape(-1, layer.in_features)
+    if first and k > 1:
+        rows = rows.repeat_interleave(k, 0)  # a row for each slot
+    slots = rows.new_zeros(rows.shape[0], layer.out_features)
+    for expert in range(layer.experts):
+        mine = (routing.experts == expert) & routing.kept
+        made = F.linear(rows, layer.weight_matrix(expert), layer.bias)
+        slots = torch.where(mine.reshape(-1, 1), made, slots.to(made.dtype))
+    if first:
+        return slots.reshape(*leading, *((k,) if k > 1 else ()), layer.out_features)
+    weighted = slots.reshape(-1, k, layer.out_features) * routing.gates.to(slots.dtype)[:, :, None]
+    return weighted.sum(1).reshape(*leading, layer.out_features)
 
 
 def _linear_by_expert(rows: Tensor, weights: Sequence[Tensor], bias: Tensor | None, counts: Sequence[int]) -> Tensor:

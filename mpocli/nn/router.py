@@ -60,7 +60,7 @@ class Routing:
 
     `experts`, `gates` (float32, with the router's gradient) and `kept` are (T, k); a gate is zero where the choice was
     dropped. `order` (S,) lists the kept slots expert by expert, `routed` the experts that have any, and `counts` how
-    many each of these has: what groups tokens without a loop over them.
+    many each of these has: what groups tokens without a loop over them. A compiled graph has no such groups.
     """
 
     experts: Tensor
@@ -207,15 +207,18 @@ class Router(nn.Module):
             gates = top / top.sum(-1, keepdim=True)
         else:
             gates = top if self.options.scale_by_prob else top / top.detach()
-        slots = experts.reshape(-1)
-        order = slots.argsort(stable=True)
         kept = torch.ones_like(experts, dtype=torch.bool)
         if self.options.capacity_factor is not None:
             kept = within_capacity(experts, real, self.experts, self.options.capacity_factor)
             gates = gates * kept
+        self._account(logits, probabilities, experts, kept, real)
+        slots = experts.reshape(-1)
+        if torch.compiler.is_compiling():  # how many tokens an expert has is nothing that a graph can know
+            return Routing(experts, gates, kept, slots, [], [])
+        order = slots.argsort(stable=True)
+        if self.options.capacity_factor is not None:
             order = order[kept.reshape(-1)[order]]
         counts = torch.bincount(slots[order], minlength=self.experts).tolist()
-        self._account(logits, probabilities, experts, kept, real)
         routed = [expert for expert, count in enumerate(counts) if count]
         return Routing(experts, gates, kept, order, routed, [counts[expert] for expert in routed])
 
@@ -237,7 +240,7 @@ class Router(nn.Module):
         # (n,), dropped choices too
         choices = (F.one_hot(experts, self.experts) * real[:, None, None]).sum((0, 1))
         collecting = self.shared is None or self.shared.collecting
-        if collecting:
+        if collecting and not torch.compiler.is_exporting():  # an exported graph keeps no account
             with torch.no_grad():
                 entropy = torch.special.entr(probabilities).sum(-1)
                 self.statistics.add(
@@ -269,14 +272,17 @@ def within_capacity(experts: Tensor, real: Tensor, count: int, factor: float) ->
     tensor([ True,  True, False,  True])
     """
     tokens, k = experts.shape
-    capacity = _ceil(factor * k * int(real.sum()) / count)
+    real_tokens = real.sum() if torch.compiler.is_compiling() else int(real.sum())
+    capacity = _ceil(factor * k * real_tokens / count)
     chosen = F.one_hot(experts.T.reshape(-1), count) * real.repeat(k)[:, None]  # (k·T, n), choice by choice
     place = (chosen.cumsum(0) * chosen).sum(-1)  # counted from 1; 0 for padding
     return (place <= capacity).reshape(k, tokens).T
 
 
-def _ceil(value: float) -> int:
+def _ceil(value: float | Tensor) -> int | Tensor:
     """⌈value⌉ where 1.1·10 = 11.000000000000002 means 11."""
+    if isinstance(value, Tensor):  # in float32, which is what dividing integers gives
+        return torch.ceil(value - 1e-6 * value)
     return math.ceil(value - 1e-9 * abs(value))
 
 

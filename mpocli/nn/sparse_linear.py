@@ -56,7 +56,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
-        if torch.is_grad_enabled() or x.dtype != self.packed.dtype:
+        # A compiler takes no sparse tensor.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype != self.packed.dtype:
             answer: Tensor = self.dense(x)
             return answer
         return self._product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
@@ -94,7 +95,8 @@ class SemiStructuredLinear(SparseLinear):
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.packed.dtype) if torch.is_autocast_enabled(x.device.type) else x)
+        narrow = torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
+        return super().forward(x.to(self.packed.dtype) if narrow else x)
 
     def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
