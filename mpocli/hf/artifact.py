@@ -14,12 +14,13 @@ from mpocli import __version__
 from mpocli.hf.card import license_of, model_card
 from mpocli.hf.config import check_counts, load_config, read_config
 from mpocli.hf.hub import Source, resolve
+from mpocli.hf.settled import settled
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
-from mpocli.hf.targets import Survey, Weight, survey
+from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256
 from mpocli.io.encoding import Encoding
-from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, Totals, read_manifest
-from mpocli.mpo.linalg import dtype_name
+from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
+from mpocli.io.signpost import check_seal
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,10 @@ class Checkpoint:
 
     @cached_property
     def survey(self) -> Survey:
-        return survey(self.config, self.reader, self.manifest, trust_remote_code=self.trust_remote_code)
+        found = survey(self.config, self.reader, self.manifest, trust_remote_code=self.trust_remote_code)
+        # Last, so that what can be told more precisely is.
+        check_seal(str(self.source.directory), self.config_json.get("quantization_config") or {}, self.reader.seal)
+        return found
 
     @property
     def architecture(self) -> str:
@@ -160,12 +164,14 @@ def write_surroundings(
     manifest: Manifest,
     *,
     dtype: str | None = None,
-    config_json: dict[str, Any] | None = None,
+    model: Checkpoint | None = None,
 ) -> None:
     """Everything beside the weights: config, tokenizer and generation files, model card, and last the manifest.
 
-    `config_json` replaces the source's where the model's class has changed.
+    `model` has the class where that is not the source's any more.
     """
+    described = model or checkpoint
+    manifest = settled(manifest, described.survey, CheckpointReader(work, manifest.encodings))
     source = checkpoint.source.directory
     for path in sorted(source.iterdir()):
         if path.name in _OWN_FILES or path.suffix in _WEIGHT_SUFFIXES or path.name.startswith("."):
@@ -176,8 +182,7 @@ def write_surroundings(
             shutil.copyfile(path, work / path.name)
         elif path.is_dir() and _is_configuration(path):
             _copy_folder(path, work / path.name)
-    original = checkpoint.config_json if config_json is None else config_json
-    config = {key: value for key, value in original.items() if key != "quantization_config"}
+    config = {key: value for key, value in described.config_json.items() if key != "quantization_config"}
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
@@ -215,11 +220,9 @@ def write_trained(
         model.save_pretrained(work, max_shard_size=max_shard_bytes)
     _readable(work)
     saved = Checkpoint.open(str(work), trust_remote_code=source.trust_remote_code)
-    weights = {member.name: weight for weight in saved.survey.weights for member in weight.members}
-    modules = saved.manifest.modules if saved.manifest else ()
     manifest = Manifest(
         base_model=source.base_model(),
-        modules=tuple(_described(entry, weights.get(entry.name), source.stored_dtype) for entry in modules),
+        modules=saved.manifest.modules if saved.manifest else (),
         encodings=saved.encodings,
         routing=saved.routing,
         totals=saved.totals(),
@@ -227,7 +230,7 @@ def write_trained(
     )
     # transformers writes that of the first tensor.
     dtype = source.config_json.get("dtype", source.config_json.get("torch_dtype"))
-    write_surroundings(work, source, manifest, dtype=dtype, config_json=saved.config_json)
+    write_surroundings(work, source, manifest, dtype=dtype, model=saved)
     return saved.totals()
 
 
@@ -237,13 +240,6 @@ def _readable(work: Path) -> None:
     os.umask(mask)
     for file in work.glob("*.safetensors"):
         file.chmod(0o666 & ~mask)
-
-
-def _described(entry: ModuleEntry, weight: Weight | None, otherwise: torch.dtype) -> ModuleEntry:
-    """A module's entry with the role and dtype of its weight."""
-    if weight is None:
-        return replace(entry, role=None, dtype=dtype_name(otherwise))
-    return replace(entry, role=weight.role, dtype=dtype_name(weight.dtype))
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -28,15 +28,12 @@ from mpocli.hf.sparse import (
 )
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
+from mpocli.io.signpost import SIGNPOST, check_seal, signpost
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
 from mpocli.nn.held_zeros import release_zeros_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# transformers lists the tensors that a model does not expect right above the error that the tombstones cause,
-# so that the name of this one is read by whoever forgot the import.
-SIGNPOST = "an_mpo_checkpoint.import_mpocli_before_from_pretrained"
 
 
 class _Patterns(set[str]):
@@ -100,6 +97,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         specs = specs_from_config({"schema_version": config.schema_version, "modules": config.modules})
+        self.sealed = config.to_dict(), _stored_seal(checkpoint_files)
         self.stored = stored = _stored_shapes(checkpoint_files)
         _check_no_extra_cores(model, specs, stored)
         # A dense weight of its own, which is more than a tombstone.
@@ -153,6 +151,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name}.bias was not loaded: the files lack it",
                     hint="the weight files are incomplete or belong to another checkpoint",
                 )
+        check_seal(type(model).__name__, *self.sealed)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
@@ -170,7 +169,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.encodings or any(
             isinstance(module, MPOModule | DenseExperts) for module in model.modules()
         ):
-            state[SIGNPOST] = torch.zeros(1)
+            state[SIGNPOST] = signpost(self.quantization_config.to_dict())
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -209,6 +208,15 @@ def _stored_shapes(files: Any) -> dict[str, list[int]]:
                 hint="the file is truncated or corrupt: download or write it again",
             ) from error
     return shapes
+
+
+def _stored_seal(files: Any) -> int | None:
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as handle:
+                if SIGNPOST in handle.keys() and handle.get_slice(SIGNPOST).get_dtype() == "I64":
+                    return int(handle.get_tensor(SIGNPOST))
+    return None
 
 
 def _check_no_extra_cores(model: PreTrainedModel, specs: dict[str, Any], stored: Iterable[str]) -> None:

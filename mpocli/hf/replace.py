@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -60,6 +61,7 @@ def install(
             raise InputError(f"module {name} is routed by {spec.router}, which a {type(model).__name__} does not have")
         local[place] = replace(spec, tied_to=owner, router=router)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    _check_ties(model, local, tied)
     local |= _tied_partners(model, local, tied, has_own)
     for place, spec in local.items():
         model.set_submodule(place, _build(place, spec, model.get_submodule(place), dtype))
@@ -76,6 +78,29 @@ def install(
             kept[f"{place}.{core}"] = f"{spec.tied_to}.{core}"
     model.all_tied_weights_keys = kept
     return local
+
+
+def _check_ties(model: PreTrainedModel, specs: Mapping[str, MPOSpec], tied: Mapping[str, str]) -> None:
+    """`InputError` where a spec shares the cores of a module that this class does not tie its weight to, or cores of
+    another shape."""
+    for place, spec in specs.items():
+        if spec.tied_to is None:
+            continue
+        weights = [f"{name}.{TOMBSTONE}" for name in (place, spec.tied_to)]
+        tensors = [getattr(model.get_submodule(name), TOMBSTONE, None) for name in (place, spec.tied_to)]
+        owners = {tied.get(weight, weight) for weight in weights}
+        if len(owners) > 1 and tensors[0] is not tensors[1]:
+            raise InputError(
+                f"module {place} shares the cores of {spec.tied_to}, says the manifest, and a {type(model).__name__} "
+                "keeps their weights apart",
+                hint="config.json was edited, or the model class changed",
+            )
+        owner = specs.get(spec.tied_to)
+        if owner is None or owner.tied_to or owner.core_shapes() != spec.core_shapes():
+            raise InputError(
+                f"module {place} shares the cores of {spec.tied_to}, whose structure is another one",
+                hint="config.json was edited, or the model class changed",
+            )
 
 
 def _module(parameter: str) -> str:
@@ -112,13 +137,7 @@ def _tied_partners(
 def _build(name: str, spec: MPOSpec, dense: nn.Module, dtype: torch.dtype | None) -> MPOModule | DenseExperts:
     if isinstance(dense, MPOModule | DenseExperts):
         raise InputError(f"module {name} is an MPO or experts already")
-    found = dense_shape(dense)
-    if found is None or found[1] != spec.shape or (spec.kind == "embedding") != isinstance(dense, nn.Embedding):
-        raise InputError(
-            f"module {name} is a {type(dense).__name__} of shape {found and found[1]}, "
-            f"the manifest has a {spec.kind} of shape {spec.shape}",
-            hint="config.json was edited, or the model class changed",
-        )
+    check_spec(name, spec, dense)
     weight = cast(Tensor, dense.weight)
     dtype = dtype or weight.dtype
     if spec.experts:
@@ -162,6 +181,23 @@ def _build_experts(spec: MPOSpec, dense: nn.Module, weight: Tensor, dtype: torch
         # The same Parameter: it may be tied to another one.
         built.bias = bias
     return built
+
+
+def check_spec(name: str, spec: MPOSpec, dense: nn.Module) -> None:
+    """`InputError` where a spec is of another layer than the dense one whose place it takes: its kind, shape, scale."""
+    found, scale = dense_shape(dense), embedding_scale(dense)
+    if found != (spec.kind, spec.shape):
+        raise InputError(
+            f"module {name} is a {type(dense).__name__} of shape {found and found[1]}, "
+            f"the manifest has a {spec.kind} of shape {spec.shape}",
+            hint="config.json was edited, or the model class changed",
+        )
+    if not math.isclose(spec.scale, scale, rel_tol=1e-9):
+        raise InputError(
+            f"module {name} is a {type(dense).__name__} that multiplies its rows by {scale:.10g}, the manifest says "
+            f"{spec.scale:.10g}",
+            hint="config.json was edited, or the model class changed",
+        )
 
 
 def dense_shape(module: nn.Module) -> tuple[str, tuple[int, int]] | None:

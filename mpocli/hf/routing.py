@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,8 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
     experts = {name: spec for name, spec in specs.items() if spec.experts}
     if not experts:
         return
+    order = [name for name, _ in model.named_modules(remove_duplicate=False) if name in experts]
+    check_networks({name: experts[name] for name in order})
     stacks = _stacks(model)
     shared: dict[str, Shared] = {}
     for name, spec in experts.items():
@@ -72,10 +74,9 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
         attach_router(layer, router, own=True)
     for name, spec in experts.items():
         if spec.router is not None:
-            owner = _layer(model, spec.router)
-            if owner.router is None:
-                raise InputError(f"module {name} is routed by {spec.router}, which has no router")
-            attach_router(_layer(model, name), owner.router, own=False)
+            owner = _layer(model, spec.router).router
+            assert owner is not None
+            attach_router(_layer(model, name), owner, own=False)
     call, sides = _Call(parameter_names(model), padding_id(model)), _sides(model)
     model.register_forward_pre_hook(call, with_kwargs=True)
     for prefix, state in shared.items():
@@ -86,6 +87,40 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
     model.register_forward_hook(_AddLosses(list(shared.values())))
     # Of a pass that failed, too, nothing may be taken for the next one's.
     model.register_forward_hook(call.end, always_call=True)
+
+
+def last_of(shapes: Sequence[tuple[int, int]]) -> int | None:
+    """The matrix of a feed-forward network that goes back, (D, F) after one or two (F, D): the only one of its shape,
+    or of two square ones the second. None where they make no network."""
+    for k in range(len(shapes) - 1, -1, -1):
+        if len(shapes) in (2, 3) and all(other == shapes[k][::-1] for j, other in enumerate(shapes) if j != k):
+            return k
+    return None
+
+
+def check_networks(specs: Mapping[str, MPOSpec]) -> None:
+    """`InputError` where layers of experts, in the model's order, do not make up networks: each with one router, in
+    its first matrix, and one last matrix, which gathers what the experts made."""
+    groups: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(spec.router or name, []).append(name)
+    for owner, names in groups.items():
+        members = [specs[name] for name in names]
+        last = last_of([spec.shape for spec in members])
+        # The first in the model's order has the router, of those that are not the last.
+        first = next((name for k, name in enumerate(names) if k != last), None)
+        wrong = [name for k, name in enumerate(names) if specs[name].place != ("out" if k == last else "in")]
+        if last is None or first != owner or len({spec.experts for spec in members}) > 1:
+            raise InputError(
+                f"module {owner} routes for {len(names)} matrices ({', '.join(names[:3])}), which make no network",
+                hint="config.json was edited, or the model class changed",
+            )
+        if wrong:
+            raise InputError(
+                f"module {wrong[0]} is the {'last' if specs[wrong[0]].place == 'in' else 'first'} matrix of its "
+                f"network, the manifest has its place as {specs[wrong[0]].place!r}",
+                hint="config.json was edited, or the model class changed",
+            )
 
 
 def routers(model: nn.Module) -> dict[str, Router]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from mpocli.errors import InputError
 from mpocli.hf.renaming import prefix_of
-from mpocli.hf.replace import embedding_scale
+from mpocli.hf.replace import check_spec, embedding_scale
 from mpocli.hf.roles import ROLES, role_of
+from mpocli.hf.routing import check_networks
 from mpocli.hf.skeleton import FileKeys, build_skeleton, file_keys
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def survey(
         dtype = _stored_dtype(parameters[0], keys, reader) if key is None else reader.specs[key].dtype
         weight = Weight(tuple(members), frozenset(roles), (shape[0], shape[1]), key, dtype, obstacle, entry, followers)
         weights.append(_checked(weight, reader, _why_not_stored(parameters[0], keys)))
+    _check_entries(model, weights, entries)
     parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
     known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
@@ -359,6 +361,25 @@ def _entries(manifest: Manifest | None, model: PreTrainedModel) -> dict[str, Mod
             hint="config.json's `architectures` must name the class that was decomposed",
         )
     return manifest.by_name
+
+
+def _check_entries(model: PreTrainedModel, weights: Sequence[Weight], entries: Mapping[str, ModuleEntry]) -> None:
+    """`InputError` where the manifest's structure is not that of the class: kind, scale, ties, networks."""
+    owners = {member.name: weight.entry for weight in weights if weight.entry for member in weight.members}
+    for name, entry in entries.items():
+        check_spec(name, entry.spec, model.get_submodule(name))
+        owner = owners.get(name)
+        tied_to = owner.name if owner and owner.name != name else None
+        if owner is None or entry.spec.tied_to != tied_to or entry.spec.core_shapes() != owner.spec.core_shapes():
+            raise InputError(
+                f"module {name} has, by the manifest, "
+                + (f"the cores of {entry.spec.tied_to}" if entry.spec.tied_to else "cores of its own")
+                + f", and in a {type(model).__name__} "
+                + (f"its weight is that of {tied_to}" if tied_to else "a weight of its own" if owner else "no matrix"),
+                hint="config.json was edited, or the model class changed",
+            )
+    owned = [weight.entry for weight in weights if weight.entry]
+    check_networks({entry.name: entry.spec for entry in owned if entry.spec.experts})
 
 
 def _why_not_stored(parameter: str, keys: FileKeys) -> str:

@@ -17,6 +17,7 @@ from mpocli.errors import InputError
 from mpocli.io.encoding import Encodings, encoded_names, encoding_of, has_tombstone, part_names
 from mpocli.io.json_file import read_json
 from mpocli.io.readable import is_file, is_there, why_unreadable
+from mpocli.io.signpost import SIGNPOST
 from mpocli.sparse.bits import unpack_sparse
 
 WEIGHTS = "model.safetensors"
@@ -179,6 +180,12 @@ class CheckpointReader:
                 f"{self.directory}: tensor {name} cannot be read ({error})", hint="download or write the file again"
             ) from error
         return tensor
+
+    @property
+    def seal(self) -> int | None:
+        """What the files say of the config.json that they were written with; None where they say nothing."""
+        spec = self.specs.get(SIGNPOST)
+        return int(self.read(SIGNPOST)) if spec and spec.dtype == torch.int64 and spec.numel == 1 else None
 
     @property
     def nbytes(self) -> int:

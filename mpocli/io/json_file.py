@@ -24,8 +24,9 @@ MOST_DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` where it is absent, broken or something else."""
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` where it is absent, broken or something else, and with `unique` where an
+    object in it says a thing twice."""
     why = why_unreadable(path)
     if why:
         raise InputError(f"{path}: {why}", hint=_AGAIN)
@@ -33,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise InputError(f"{path}: {size:,} bytes of JSON, {MOST_BYTES:,} are read at most", hint=_AGAIN)
-        data = parse_json(path.read_bytes().decode("utf-8"))
+        data = parse_json(path.read_bytes().decode("utf-8"), unique=unique)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -46,12 +47,13 @@ def read_json(path: Path) -> dict[str, Any]:
 _AGAIN = "download or write the file again"
 
 
-def parse_json(text: str, *, halves: bool = False) -> Any:
+def parse_json(text: str, *, halves: bool = False, unique: bool = False) -> Any:
     """What a JSON text says.
 
     Raises `ValueError`, its message one short line, for a text that is not JSON or that is nested deeper than
     `DEEPEST`, a number of more than `MOST_DIGITS` digits or beyond the floating-point numbers, and (but for `halves`) a
-    text with half of a surrogate pair.
+    text with half of a surrogate pair. With `unique` also for an object that has a key twice, of which others would
+    take the first.
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -60,7 +62,8 @@ def parse_json(text: str, *, halves: bool = False) -> Any:
     ValueError: the number 1e999 is beyond the floating-point numbers
     """
     try:
-        data = json.loads(text, parse_int=_integer, parse_float=_number)
+        pairs = _unique if unique else None
+        data = json.loads(text, parse_int=_integer, parse_float=_number, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     _check_depth(data)
@@ -70,6 +73,14 @@ def parse_json(text: str, *, halves: bool = False) -> Any:
 
 
 _TOO_DEEP = f"nested deeper than {DEEPEST} levels"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:60]!r} is there twice")
+    return found
 
 
 def _integer(digits: str) -> int:

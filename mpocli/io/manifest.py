@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mpocli.errors import InputError
+from mpocli.io.differences import differences
 from mpocli.io.encoding import BITMASK, Encoding, encodings_from
 from mpocli.io.json_file import read_json
 from mpocli.mpo.shape import SiteShape
@@ -88,22 +90,18 @@ class MPOSpec:
             shapes |= {"router.weight": (self.experts, self.shape[1]), "router.bias": (self.experts,)}
         return shapes
 
+    def fields(self) -> dict[str, Any]:
+        """Every one of them, as JSON has it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "out_dims": list(self.out_dims),
-            "in_dims": list(self.in_dims),
-            "bond_dims": list(self.bond_dims),
-        }
-        if self.tied_to:
-            data["tied_to"] = self.tied_to
-        if self.scale != 1.0:
-            data["scale"] = self.scale
-        if self.experts:
-            data |= {"experts": self.experts, "share": self.share, "place": self.place}
-            data |= {"router": self.router} if self.router else {}
-        return data
+        """The entry in `config.json`: what is not as usual, and always the structure."""
+        usual = {"tied_to": None, "scale": 1.0, "router": None}
+        said = {name: value for name, value in self.fields().items() if name not in usual or value != usual[name]}
+        if not self.experts:
+            for name in ("experts", "share", "place"):
+                del said[name]
+        return said
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> MPOSpec:
@@ -140,6 +138,18 @@ class MPOSpec:
                 f"module {name}: {spec.experts} experts that share {spec.share!r}, as a layer {spec.place!r}",
                 hint="this checkpoint needs a newer mpocli, or its config.json was edited",
             )
+        if not spec.experts and (spec.share, spec.place, spec.router) != ("central", "in", None):
+            raise InputError(
+                f"module {name}: has no experts, and says of them share {spec.share!r}, place {spec.place!r}, router "
+                f"{spec.router!r}",
+                hint=_RESTORE,
+            )
+        if spec.share == "dense" and (spec.out_dims, spec.in_dims) != ((spec.shape[0], 1), (1, spec.shape[1])):
+            raise InputError(
+                f"module {name}: dense experts of {spec.shape[0]}x{spec.shape[1]} on sites {sites}", hint=_RESTORE
+            )
+        if not math.isfinite(spec.scale):
+            raise InputError(f"module {name}: a scale of {spec.scale}", hint=_RESTORE)
         if spec.bond_dims[0] != 1 or spec.bond_dims[-1] != 1 or min(spec.bond_dims) < 1:
             raise InputError(
                 f"module {name}: bond dimensions {list(spec.bond_dims)}, where both ends are 1 and none is less",
@@ -273,8 +283,8 @@ class Manifest:
             ),
         )
 
-    def dumps(self) -> str:
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
             "base_model": self.base_model,
@@ -285,7 +295,9 @@ class Manifest:
             "history": list(self.history),
             "files": dict(sorted(self.files.items())),
         }
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def _module(self, entry: ModuleEntry) -> dict[str, Any]:
         data = entry.to_dict()
@@ -300,7 +312,9 @@ class Manifest:
         return bool(self.modules or self.encodings)
 
     def quantization_config(self) -> dict[str, Any]:
-        """The part for `config.json`: enough to load."""
+        """The part for `config.json`: enough to load. Empty where an ordinary checkpoint needs none."""
+        if not self.needs_plugin:
+            return {}
         data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "schema_version": SCHEMA_VERSION,
@@ -324,6 +338,8 @@ def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
         raise InputError("config.json: the `modules` of its quantization_config are no JSON object")
     specs = {name: MPOSpec.from_dict(name, entry) for name, entry in modules.items()}
     for name, spec in specs.items():
+        _check_same("config.json", f"module {name}", modules[name], spec.fields())
+    for name, spec in specs.items():
         if spec.tied_to is not None and (spec.tied_to not in specs or spec.tied_to == name):
             raise InputError(
                 f"module {name}: shares the cores of {spec.tied_to!r}, which is no other of the {len(specs)} modules",
@@ -332,9 +348,23 @@ def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
     return specs
 
 
+def _check_same(file: str, what: str, said: Any, meant: Any) -> None:
+    """`InputError` where a file says something else than what was understood of it: a number that is another in its
+    own other fields, a field that nobody knows."""
+    for difference in differences(said, meant):
+        if difference.unclaimed:  # optional, or of a later mpocli's writing
+            continue
+        place = f" at {difference.where}" if difference.where else ""
+        raise InputError(
+            f"{file}: {what} says {difference.claimed!r}{place}, "
+            + ("a field that is not known" if difference.unknown else f"and by all else it is {difference.found!r}"),
+            hint=_RESTORE,
+        )
+
+
 def check_schema(where: str, version: object) -> None:
     """Older schemas would be migrated here; there is one so far."""
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise InputError(f"{where}: schema_version is {version!r}, a positive integer was expected")
     if version > SCHEMA_VERSION:
         raise InputError(
@@ -354,6 +384,8 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
     ours = quantization.get("quant_method") == QUANT_METHOD
     described = specs_from_config(quantization) if ours else None
     encodings = encodings_from(quantization.get("encodings") or {}) if ours else {}
+    for name, encoding in encodings.items():
+        _check_same("config.json", f"tensor {name}", quantization["encodings"][name], encoding.to_dict())
     routing = dict(quantization.get("routing") or {}) if ours else {}
     path = directory / MANIFEST
     if not path.is_file():
@@ -362,7 +394,7 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         entries = tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items())
         return Manifest(modules=entries, encodings=encodings, routing=routing)
-    data = read_json(path)
+    data = read_json(path, unique=True)
     check_schema(MANIFEST, data.get("schema_version"))
     if data.get("format") != FORMAT:
         raise InputError(f"{path}: format {data.get('format')!r}, {FORMAT!r} was expected")
@@ -387,7 +419,12 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         raise
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: malformed ({error!r})", hint=_RESTORE) from error
+    counts = Counter(entry.name for entry in manifest.modules)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise InputError(f"{path}: module {twice[0]} is there {counts[twice[0]]} times", hint=_RESTORE)
     if described is None and not manifest.needs_plugin:
+        _check_same(str(path), "the manifest", data, manifest.to_dict())
         return manifest
     recorded = {entry.name: entry.spec for entry in manifest.modules}
     for name in sorted(recorded.keys() | (described or {}).keys()):
@@ -407,4 +444,5 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
                 f"{directory}: {MANIFEST} and config.json disagree about how {name} is stored",
                 hint=f"delete the one that is stale; config.json alone suffices, without {MANIFEST}",
             )
+    _check_same(str(path), "the manifest", data, manifest.to_dict())
     return manifest

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 # Written beside the weights by mpocli, and not all of them in the manifest.
 OWN_FILES = frozenset({"config.json", "mpo.json", "README.md", "metrics.jsonl", "squeeze.jsonl"})
+_AFTER_THE_MANIFEST = frozenset({"mpo.json", "metrics.jsonl", "squeeze.jsonl"})
 # As transformers, tokenizers, sentence-transformers and the hub call what belongs to a model.
 _STANDARD = (
     *("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json"),
@@ -22,6 +24,19 @@ def foreign_files(directory: Path) -> list[str]:
     listed = _listed(directory)
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if _is_something(path))
     return sorted(name for name in found if name not in listed and not _is_standard(name))
+
+
+def unlisted_files(directory: Path, listed: Collection[str]) -> list[str]:
+    """Paths, sorted, of files that belong to the model, or are code, and that its manifest should list and does not."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if _is_something(path))
+    return sorted(
+        name
+        for name in found
+        if (name in OWN_FILES or _is_standard(name) or name.endswith(".py"))
+        and name not in listed
+        and name not in _AFTER_THE_MANIFEST
+        and not name.startswith(".")
+    )
 
 
 def _is_something(path: Path) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
@@ -73,7 +73,7 @@ def run(
             sink = SpecCounter()
             worker.write(sink)
             size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
-            totals, _ = worker.totals(size)
+            totals = worker.totals(size)
         else:
             totals = _written(out, checkpoint, config, worker)
     return DecomposeReport(
@@ -95,12 +95,10 @@ def _written(out: Path, checkpoint: Checkpoint, config: DecomposeConfig, worker:
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
         worker.write(writer)
         files = writer.finish()
-        totals, entries = worker.totals(sum(file.stat().st_size for file in files))
-        manifest = Manifest(
+        totals = worker.totals(sum(file.stat().st_size for file in files))
+        manifest = replace(
+            worker.manifest(),
             base_model=checkpoint.base_model(),
-            modules=entries,
-            encodings=worker.encodings,
-            routing=checkpoint.routing,
             totals=totals,
             history=checkpoint.history("decompose", config.recorded(), config.seed),
         )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.targets import Weight
 from mpocli.io.encoding import BITMASK, Encoding, add_encoded
-from mpocli.io.manifest import ModuleEntry, MPOSpec, Totals
+from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
+from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
@@ -114,7 +114,7 @@ class Decomposer:
             for name in (key, *plan.weight.follower_keys):
                 sink.add(name, torch.zeros(1, dtype=cores[0].dtype))
         if self.done or self.checkpoint.is_mpo or self.encodings:
-            sink.add(SIGNPOST, torch.zeros(1))
+            add_signpost(sink, self.manifest().quantization_config())
 
     def _pass(self, sink: Sink, key: str) -> None:
         """A tensor that stays what it is, a sparse one packed."""
@@ -243,11 +243,14 @@ class Decomposer:
                         entry = replace(entry, dtype=self.config.dtype, relative_error=None)
                     yield entry
 
-    def totals(self, size: int) -> tuple[Totals, tuple[ModuleEntry, ...]]:
-        entries = tuple(self.entries())
+    def manifest(self) -> Manifest:
+        """The structure of what was written: no history, no totals."""
+        return Manifest(modules=tuple(self.entries()), encodings=self.encodings, routing=self.checkpoint.routing)
+
+    def totals(self, size: int) -> Totals:
         found = self.checkpoint.survey
-        saved = sum(entry.spec.dense_params - entry.spec.params for entry in entries)
-        return self.checkpoint.totals(found.dense_params - saved, size, self.config.dtype), entries
+        saved = sum(entry.spec.dense_params - entry.spec.params for entry in self.entries())
+        return self.checkpoint.totals(found.dense_params - saved, size, self.config.dtype)
 
     def reports(self) -> tuple[ModuleReport, ...]:
         return tuple(self._report(plan) for plan in self.plans)

@@ -16,7 +16,6 @@ from torch import Tensor
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.layout import layouts
-from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight, select
@@ -24,6 +23,7 @@ from mpocli.io.claim import writes_output
 from mpocli.io.encoding import add_encoded
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
 from mpocli.methods.inputs import paths_read
@@ -162,14 +162,11 @@ def run(
     with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
         worker.write(writer)
         size = sum(file.stat().st_size for file in writer.finish())
-        entries = tuple(worker.entries())
-        saved = sum(entry.spec.dense_params - entry.spec.params for entry in entries)
+        saved = sum(entry.spec.dense_params - entry.spec.params for entry in worker.entries())
         totals = checkpoint.totals(checkpoint.survey.dense_params - saved, size)
-        manifest = Manifest(
+        manifest = replace(
+            worker.manifest(),
             base_model=checkpoint.base_model(),
-            modules=entries,
-            encodings=worker.encodings,
-            routing=config.routing.to_dict(),
             totals=totals,
             history=checkpoint.history("expand-moe", config.recorded(), config.seed),
         )
@@ -294,7 +291,7 @@ class _Expander:
                     sink.add(weight.key_of(name), tensor)
             if self.progress:
                 self.progress(len(self.done), len(self.jobs), weight.name)
-        sink.add(SIGNPOST, torch.zeros(1))
+        add_signpost(sink, self.manifest().quantization_config())
 
     def _expanded(self, weight: Weight, place: Place, router: str | None) -> dict[str, Tensor]:
         """The tensors to store for one matrix, without its bias."""
@@ -345,6 +342,10 @@ class _Expander:
         stored = MPO(tuple(cast(core, weight.dtype, name) for core in mpo.cores), mpo.shape)
         difference, norm = stored_error(matrix, stored)
         return stored, difference / norm if norm else 0.0
+
+    def manifest(self) -> Manifest:
+        """The structure of what was written: no history, no totals."""
+        return Manifest(modules=tuple(self.entries()), encodings=self.encodings, routing=self.config.routing.to_dict())
 
     def entries(self) -> Iterator[ModuleEntry]:
         """Manifest entries of the output, in the model's order."""

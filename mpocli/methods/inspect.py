@@ -6,23 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight, select
-from mpocli.io.checkpoint import CheckpointReader, file_sha256
-from mpocli.io.manifest import MANIFEST, ModuleEntry, MPOSpec, Totals
+from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.manifest import MANIFEST, MPOSpec, Totals
 from mpocli.methods.merge import read_mpo
-from mpocli.mpo import MPO, bond_spectra, canonical_defect, entropy_nats, site_shape, stored_error
+from mpocli.methods.verify import verify as verify_
+from mpocli.mpo import MPO, bond_spectra, entropy_nats, site_shape
 from mpocli.sparse import bitmask_bytes
 
 Progress = Callable[[int, int, str], None]
 # A dense tensor with fewer zeros than this part has them by chance.
 _SPARSE = 0.01
-# Half precision stores a canonical core with this much rounding in AᵀA.
-_CANONICAL_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ def run(
     problems: tuple[str, ...] | None = None
     checks = 0
     if verify:
-        problems, checks = _verify(checkpoint, base, progress)
+        problems, checks = verify_(checkpoint, base, progress)
     rest = checkpoint.survey.dense_params - sum(weight.dense_params for weight in weights)
     entries = sum(checkpoint.reader.specs[key].numel for key in zeros)
     return InspectReport(
@@ -240,83 +235,3 @@ def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sit
         singular_values=tuple(tuple(values.tolist()) for values in spectra),
         entropy_nats=tuple(entropy_nats(values) for values in spectra),
     )
-
-
-def _refers_to(entry: ModuleEntry, origin: Checkpoint, original: Weight | None) -> bool:
-    """Whether an error was measured against this input of the chain of commands, and not against another one."""
-    if entry.measured_against is not None:
-        return entry.measured_against == origin.reader.sha256
-    return original is None or original.entry is None
-
-
-def _matrix(checkpoint: Checkpoint, weight: Weight) -> Tensor:
-    """A weight in its module's orientation, whether it is stored dense or as cores."""
-    assert weight.key is not None
-    if weight.entry is not None:
-        return read_mpo(checkpoint.reader, weight).to(dtype=torch.float64).to_matrix()
-    return weight.oriented(checkpoint.reader.read(weight.key))
-
-
-def _verify(checkpoint: Checkpoint, base: str | None, progress: Progress | None) -> tuple[tuple[str, ...], int]:
-    """Problems found, and how many things were checked. Shapes were checked on opening."""
-    manifest, directory = checkpoint.manifest, checkpoint.source.directory
-    if manifest is None:
-        raise InputError(
-            f"{checkpoint.source.name}: is not an MPO checkpoint, there is nothing to verify",
-            hint="--verify checks what mpocli wrote",
-        )
-    problems, checks = [], 0
-    for name, claim in manifest.files.items():
-        checks += 1
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{name}: is in {MANIFEST} and not in the directory")
-        elif path.stat().st_size != claim["bytes"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes, {MANIFEST} says {claim['bytes']}")
-        elif file_sha256(path) != claim["sha256"]:
-            problems.append(f"{name}: its sha256 is not the one in {MANIFEST}")
-    checks += 1
-    found = checkpoint.totals()
-    if manifest.totals is not None and (manifest.totals.params, manifest.totals.bytes) != (found.params, found.bytes):
-        problems.append(
-            f"totals: {found.params} parameters in {found.bytes} bytes, {MANIFEST} says "
-            f"{manifest.totals.params} in {manifest.totals.bytes}"
-        )
-    origin = Checkpoint.open(base, trust_remote_code=checkpoint.trust_remote_code) if base else None
-    if origin is not None:
-        checks += 1
-        # What any command of the chain started from may serve: errors refer to the input of the one that made them.
-        recorded = [manifest.base_model.get("weights_sha256"), *(step.get("input_sha256") for step in manifest.history)]
-        claimed = [str(digest) for digest in recorded if digest]
-        if claimed and origin.reader.sha256 not in claimed:
-            problems.append(f"base model: {base} has other weights than the ones recorded ({claimed[0][:12]}…)")
-    originals = {weight.name: weight for weight in origin.survey.weights} if origin else {}
-    mpos = [w for w in checkpoint.survey.weights if w.entry is not None and not w.entry.spec.experts]
-    for count, weight in enumerate(mpos, 1):
-        assert weight.entry is not None
-        mpo = read_mpo(checkpoint.reader, weight)
-        checks += 1
-        defect = canonical_defect(mpo)
-        if defect > _CANONICAL_TOLERANCE.get(weight.entry.dtype, 1e-5):
-            problems.append(f"{weight.name}: claims canonical cores around {mpo.center}, off by {defect:.1e}")
-        original = originals.get(weight.name)
-        if (
-            origin is not None
-            and weight.entry.relative_error is not None
-            and _refers_to(weight.entry, origin, original)
-        ):
-            checks += 1
-            if original is None or original.key is None:
-                problems.append(f"{weight.name}: {base} has no such weight")
-            else:
-                matrix = _matrix(origin, original)
-                difference, norm = stored_error(matrix, mpo)
-                error = difference / norm if norm else 0.0
-                if abs(error - weight.entry.relative_error) > 1e-6 * max(1.0, error):
-                    problems.append(
-                        f"{weight.name}: relative error {error:.6g} against {base}, {MANIFEST} says "
-                        f"{weight.entry.relative_error:.6g}"
-                    )
-        if progress:
-            progress(count, len(mpos), weight.name)
-    return tuple(problems), checks

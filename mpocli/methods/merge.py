@@ -11,12 +11,12 @@ import torch
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.hf.plugin import SIGNPOST
 from mpocli.hf.targets import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Manifest, ModuleEntry, Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter
 from mpocli.mpo import MPO
 from mpocli.mpo.linalg import cast, check_finite
@@ -64,7 +64,9 @@ def run(
     experts = [weight for weight in mpos.values() if weight.entry is not None and weight.entry.spec.experts]
     if mpos and all(weight.entry and weight.entry.spec.share == "dense" for weight in mpos.values()):
         raise InputError(f"{model}: has dense experts, for which there is no stock class", hint="load it as it is")
-    skip = set() if experts else {SIGNPOST}
+    skip = {SIGNPOST}
+    entries = tuple(_as_dense(weight, dtype) for weight in experts)
+    structure = Manifest(modules=entries, routing=checkpoint.routing)
     for weight in mpos.values():
         assert weight.entry is not None
         skip |= {weight.key_of(core) for core in weight.entry.spec.core_shapes()} | set(weight.follower_keys)
@@ -85,15 +87,15 @@ def run(
                     writer.add(key, tensor)
                     continue
             writer.add(key, cast(tensor, getattr(torch, dtype) if dtype else tensor.dtype, key))
+        if experts:
+            add_signpost(writer, structure.quantization_config())
         files = writer.finish()
         size = sum(file.stat().st_size for file in files)
-        entries = tuple(_as_dense(weight, dtype) for weight in experts)
         more = sum(entry.spec.params - entry.spec.dense_params for entry in entries)
         totals = checkpoint.totals(checkpoint.survey.dense_params + more, size, dtype)
-        manifest = Manifest(
+        manifest = replace(
+            structure,
             base_model=checkpoint.base_model(),
-            modules=entries,
-            routing=checkpoint.routing,
             totals=totals,
             history=checkpoint.history("merge", {"dtype": dtype}, 0),
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpocli.errors import InputError
+from mpocli.hf.routing import last_of
 from mpocli.hf.targets import Weight
 from mpocli.methods.kept import Kept
 
@@ -83,19 +84,15 @@ def _why_not(members: Sequence[Weight]) -> str:
             return f"its weight is tied to {weight.members[1].name}"
         if weight.entry is not None and weight.entry.spec.experts:
             return "is experts already"
-    if len(members) not in (2, 3) or _last(members) is None:
+    if _last(members) is None:
         shapes = ", ".join("x".join(map(str, weight.shape)) for weight in members)
         return f"matrices of {shapes} in one layer make no network of one or two first layers and a last one"
     return ""
 
 
 def _last(members: Sequence[Weight]) -> Weight | None:
-    """The matrix that goes back: the only one of its shape, or of two square ones the second."""
-    for weight in reversed(members):
-        others = [other for other in members if other is not weight]
-        if all(other.shape == weight.shape[::-1] for other in others):
-            return weight
-    return None
+    last = last_of([weight.shape for weight in members])
+    return None if last is None else members[last]
 
 
 def _network(layer: str, members: Sequence[Weight]) -> Network:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.hf.plugin import SIGNPOST
 from mpocli.io.encoding import Encoding, add_encoded
 from mpocli.io.manifest import MANIFEST, Manifest
+from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
@@ -114,19 +114,24 @@ def write_sparse(
                 add_encoded(writer, key, tensor)
             else:
                 writer.add(key, tensor)
-        if encodings or checkpoint.is_mpo:
-            writer.add(SIGNPOST, torch.zeros(1))
+        cores = {target.module for target in targets if target.layout == "core"}
+        structure = Manifest(
+            modules=tuple(
+                replace(entry, relative_error=None, discarded_weight=None, center=None)
+                if entry.name in cores
+                else entry
+                for entry in (checkpoint.manifest.modules if checkpoint.manifest else ())
+            ),
+            encodings=encodings,
+            routing=checkpoint.routing,
+        )
+        if structure.needs_plugin:
+            add_signpost(writer, structure.quantization_config())
         files = writer.finish()
-    cores = {target.module for target in targets if target.layout == "core"}
     totals = checkpoint.totals(size=sum(file.stat().st_size for file in files))
-    manifest = Manifest(
+    manifest = replace(
+        structure,
         base_model=checkpoint.base_model(),
-        modules=tuple(
-            replace(entry, relative_error=None, discarded_weight=None, center=None) if entry.name in cores else entry
-            for entry in (checkpoint.manifest.modules if checkpoint.manifest else ())
-        ),
-        encodings=encodings,
-        routing=checkpoint.routing,
         totals=totals,
         history=checkpoint.history("sparsify", config.recorded(), config.optimisation.seed),
     )

@@ -8,7 +8,7 @@ from mpocli.mpo.gradient import core_gradients
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.projectors import BondCut, cut_bond, inner_bonds_of_centre
 from mpocli.mpo.shape import SiteShape
-from mpocli.mpo.spectrum import bond_spectra, entropy_nats, error_bounds
+from mpocli.mpo.spectrum import bond_spectra, entropy_nats, error_bounds, norm_squared
 from mpocli.mpo.truncation import Truncation, TruncationError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "entropy_nats",
     "error_bounds",
     "inner_bonds_of_centre",
+    "norm_squared",
     "rebuild_macs",
     "site_shape",
     "stored_error",

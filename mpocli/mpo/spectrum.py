@@ -13,6 +13,22 @@ from mpocli.mpo.linalg import left_split
 from mpocli.mpo.mpo import MPO
 
 
+def norm_squared(mpo: MPO) -> float:
+    """‖Ŵ‖_F² of the padded matrix, from the cores alone: E_k+1 = Σ_{o,i} A_kᵀ E_k A_k, (χ, χ) each.
+
+    >>> from mpocli.mpo.shape import SiteShape
+    >>> round(norm_squared(MPO.from_matrix(2 * torch.eye(4), SiteShape((2, 2), (2, 2)))), 9)
+    16.0
+    """
+    inner = torch.ones(1, 1, dtype=torch.float64)
+    for core in mpo.cores:
+        core = core.to(device="cpu", dtype=torch.float64)
+        # (χ, χ') · (χ', o, i, b') → (χ, o, i, b'); then over (χ, o, i) with the core itself
+        half = torch.tensordot(inner, core, 1)
+        inner = torch.tensordot(core, half, ([0, 1, 2], [0, 1, 2]))
+    return float(inner)
+
+
 def bond_spectra(mpo: MPO) -> list[Tensor]:
     """Singular values of every inner bond, largest first: n−1 vectors.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cli.matrices import dense_by_loops
-from cli.shell import WEIGHTS, Cli, Outcome, edited, rewrite, succeeded
+from cli.shell import WEIGHTS, Cli, Outcome, edited, refused, rewrite, succeeded
 
 
 def test_verify_passes_on_fresh_output_with_and_without_its_base(
@@ -45,12 +46,23 @@ def _fails(outcome: Outcome, *words: str) -> None:
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
 def test_verify_notices_one_flipped_byte_anywhere_in_the_data(where: float, cli: Cli, mpo: Path) -> None:
-    content = bytearray((mpo / WEIGHTS).read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    content[start + int(where * (len(content) - 1 - start))] ^= 1
-    (mpo / WEIGHTS).write_bytes(content)
+    _flip(mpo / WEIGHTS, 8, where)
     _fails(cli("inspect", mpo, "--verify", "--json"), WEIGHTS, "sha256")
     succeeded(cli("inspect", mpo))  # only asked is it read
+
+
+def _flip(file: Path, first: int, where: float) -> None:
+    """A bit of a byte of the data, from `first` on: before 8 is the seal, which is the widest."""
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little") + first
+    content[start + int(where * (len(content) - 1 - start))] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_seal_that_is_not_that_of_the_config_is_refused_by_every_verb(cli: Cli, mpo: Path) -> None:
+    _flip(mpo / WEIGHTS, 0, 0.0)
+    for verb in (("inspect",), ("merge", "-o", "out"), ("decompose", "-o", "out")):
+        refused(cli(verb[0], mpo, *verb[1:]), 3, "quantization_config", "seal")
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "README.md", "tokenizer_config.json"])
@@ -61,11 +73,15 @@ def test_verify_notices_a_file_that_is_gone_or_changed(name: str, cli: Cli, mpo:
     _fails(cli("inspect", mpo, "--verify", "--json"), name, "not in the directory")
 
 
-def _edit_core(directory: Path, core: int) -> None:
-    """Scales an element in a core and makes the manifest's hash fit."""
+def _edit_core(directory: Path, core: int, edit: Callable[[torch.Tensor], object] | None = None) -> None:
+    """Changes a core, an element of it if nothing else is said, and makes the manifest's hash fit."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"bert.pooler.dense.core_{core}"].view(-1)[0] += 0.5
+        tensor = tensors[f"bert.pooler.dense.core_{core}"]
+        if edit is not None:
+            edit(tensor)
+        else:
+            tensor.view(-1)[0] += 0.5
 
     rewrite(directory, change)
     content = (directory / WEIGHTS).read_bytes()
@@ -75,10 +91,15 @@ def _edit_core(directory: Path, core: int) -> None:
 
 
 def test_verify_with_the_base_notices_a_core_edited_together_with_its_hash(cli: Cli, mpo: Path, bert: Path) -> None:
-    """The central core may be anything, so that only the claimed error gives it away."""
-    _edit_core(mpo, core=2)
+    """Of the central core only the norm is known, so that the claimed error alone gives a sign away."""
+    _edit_core(mpo, 2, torch.Tensor.neg_)
     succeeded(cli("inspect", mpo, "--verify"))
     _fails(cli("inspect", mpo, "--verify", "--base", bert, "--json"), "bert.pooler.dense", "relative error")
+
+
+def test_verify_notices_a_central_core_whose_norm_is_not_what_the_cuts_left(cli: Cli, mpo: Path) -> None:
+    _edit_core(mpo, 2)
+    _fails(cli("inspect", mpo, "--verify", "--json"), "bert.pooler.dense", "discarded")
 
 
 @pytest.mark.parametrize("core", [0, 1, 3, 4])

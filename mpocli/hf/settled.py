@@ -1,0 +1,52 @@
+"""What a manifest must say of modules, told from the files and the model's class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mpocli.hf.targets import Survey, Weight
+from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.manifest import Manifest, ModuleEntry
+from mpocli.mpo.linalg import dtype_name
+
+
+def settled(manifest: Manifest, survey: Survey, reader: CheckpointReader) -> Manifest:
+    """The manifest with its modules in the model's order, and of each what files and class say in the place of what
+    it says: whoever writes a manifest writes this, and `inspect --verify` makes it again and compares.
+
+    Bonds and dims are those of the cores (`survey` compares them); measurements stay as they are. The survey may be
+    that of the same class before its matrices were decomposed, `reader` has the files that the manifest describes.
+    """
+    entries = manifest.by_name
+    modules = [
+        _settled(weight, member.name, entries, reader)
+        for weight in survey.weights
+        for member in weight.members
+        if member.name in entries
+    ]
+    return replace(manifest, modules=tuple(modules))
+
+
+def _settled(weight: Weight, name: str, entries: dict[str, ModuleEntry], reader: CheckpointReader) -> ModuleEntry:
+    member = next(member for member in weight.members if member.name == name)
+    here = [entries[other.name] for other in weight.members if other.name in entries]
+    owner = next(entry for entry in here if not entry.spec.tied_to)
+    spec = replace(
+        entries[name].spec,
+        kind=member.kind,
+        shape=weight.shape,
+        scale=member.scale,
+        tied_to=None if owner.name == name else owner.name,
+    )
+    stored = {reader.specs[weight.key_of(core)].dtype for core in spec.core_shapes()}
+    cut_known = owner.relative_error is not None and not spec.experts
+    return ModuleEntry(
+        name=name,
+        role=weight.role,
+        spec=spec,
+        dtype=" and ".join(sorted(map(dtype_name, stored))) if stored else owner.dtype,
+        # Whoever shares cores shares what was measured of them; experts' cores are others than those that were cut.
+        relative_error=owner.relative_error,
+        discarded_weight=owner.discarded_weight if cut_known else None,
+        center=None if spec.experts else owner.center,
+    )
