@@ -49,4 +49,5 @@ def _settled(weight: Weight, name: str, entries: dict[str, ModuleEntry], reader:
         relative_error=owner.relative_error,
         discarded_weight=owner.discarded_weight if cut_known else None,
         center=None if spec.experts else owner.center,
+        measured_against=owner.measured_against,
     )

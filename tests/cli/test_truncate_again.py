@@ -84,10 +84,11 @@ def test_errors_verify_against_the_input_of_the_command_that_measured_them(
         for base in (["--base", bert_mpo], ["--base", bert], [])
     )
     cut = sum(bool(module.get("measured_against")) for module in _modules(work / "out").values())
-    assert few == plain + 1 + cut and more > plain + 1
+    assert cut and few >= plain + 1 + cut and more > plain + 1
     data = json.loads((work / "out" / "mpo.json").read_text())
     wrong = next(module for module in data["modules"] if module.get("measured_against"))
     wrong["relative_error"] *= 0.5
+    wrong["discarded_weight"] = None  # or it would contradict the error without any base
     (work / "out" / "mpo.json").write_text(json.dumps(data))
     assert cli("inspect", "out", "--verify", "--base", bert).code == 0
     outcome = cli("inspect", "out", "--verify", "--base", bert_mpo)
