@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,13 +49,13 @@ def succeeded(outcome: Outcome) -> Outcome:
 def refused(outcome: Outcome, code: int, *words: str, told: str = "") -> str:
     """Exactly one `error:` line and at most one `try:` line on stderr, nothing else anywhere. Returns the text.
 
-    `words` must all be in it. `told` is in the one line of notice before it, where the work had begun. Blank lines are
-    the business of one test, not of every one.
+    `words` must all be in it. `told` is in the one line of notice before it, where the work had begun, and lines of
+    progress may stand there. Blank lines are the business of one test, not of every one.
     """
     assert "Traceback" not in outcome.err, outcome.err
     assert outcome.code == code, (outcome.code, outcome.err)
     assert outcome.out == ""
-    lines = [line for line in outcome.err.splitlines() if line]
+    lines = [line for line in outcome.err.splitlines() if line and not re.match(r"(step|round) [\d,]+", line)]
     if told:
         assert told in lines.pop(0), outcome.err
     assert lines and lines[0].startswith("error: "), outcome.err
