@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpocli.errors import InputError
+from mpocli.io.claim import discard
 from mpocli.train.moments import Moments
 from mpocli.train.segment import last_checkpoint
 
@@ -33,7 +34,7 @@ def save_state(
         flat = {f"{key}/{name}": value for name, found in moments.items() for key, value in found.items()}
         save_file({key: _storable(value) for key, value in flat.items()}, partial / "moments.safetensors")
         (partial / "record.json").write_text(json.dumps(record))
-        shutil.rmtree(place, ignore_errors=True)
+        discard(place)
         partial.replace(place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +53,7 @@ def drop_states(directory: Path, keep: set[int]) -> None:
     kept = {f"{_STATE}{number}" for number in keep}
     for path in directory.glob(f"{_STATE}*"):
         if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def last_state(directory: Path) -> int | None:
