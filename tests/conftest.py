@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` would have every process of the tests ignore it
 torch.set_num_threads(1)  # a second one would mostly wait, and spin while it does
 
 _frozen_at = 0  # so many modules were imported

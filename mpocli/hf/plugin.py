@@ -137,20 +137,22 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             expected = module.core_shapes()
             for k, core in enumerate(module.cores):
-                # transformers fills what the files lack with uninitialised memory, and marks what it loaded.
-                loaded = core.device.type == "meta" or getattr(core, "_is_hf_initialized", False)
-                if not loaded or tuple(core.shape) != expected[k]:
+                if not _is_loaded(core) or tuple(core.shape) != expected[k]:
                     raise InputError(
                         f"core {name}.core_{k} was not loaded: the files lack it, or hold another shape than "
                         f"{expected[k]}",
                         hint="the weight files are incomplete or belong to another checkpoint",
                     )
             bias = getattr(module, "bias", None)
-            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+            if bias is None or _is_loaded(bias):
+                continue
+            if module.tied_to is None:
                 raise InputError(
                     f"{name}.bias was not loaded: the files lack it",
                     hint="the weight files are incomplete or belong to another checkpoint",
                 )
+            with torch.no_grad():  # of a head that is new, and has another module's cores
+                bias.zero_()
         check_seal(type(model).__name__, *self.sealed)
         return model
 
@@ -179,6 +181,12 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         remove(model, dtype)
         restore(model)
         return model
+
+
+def _is_loaded(parameter: torch.Tensor) -> bool:
+    """transformers fills what the files lack with uninitialised memory, and marks what it loaded; what lies on disk is
+    a tensor without data."""
+    return parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False)
 
 
 def _check_experts(model: PreTrainedModel) -> None:

@@ -93,7 +93,7 @@ def test_an_error_that_comes_of_the_signal_is_not_called_a_bug(
         except KeyboardInterrupt:
             raise OSError(5, "Input/output error") from None
 
-    monkeypatch.setattr("mpocli.cli.app.typer.main.get_command", lambda _: type("", (), {"main": command}))
+    monkeypatch.setattr("mpocli.cli.app._command", lambda: type("", (), {"main": command}))
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 129

@@ -439,7 +439,7 @@ WANDA = ["--method", "wanda"]
 TEXT = ["--calibrate", "{lab}/train.txt"]
 REFUSED: dict[str, tuple[list[Any], int, list[str]]] = {
     "pst without data": ([], 2, ["--method pst", "--train"]),
-    "movement without data": (["--method", "movement", "--task", "sst2"], 2, ["--method movement", "--train"]),
+    "movement without data": (["--method", "movement", "--task", "sst2"], 2, ["--task", "--train"]),
     "wanda in training": ([*WANDA, *TEXT, *TRAIN], 2, ["--method wanda", "--train"]),
     "wanda without data": (WANDA, 2, ["--method wanda", "--calibrate"]),
     "sparsegpt without data": (["--method", "sparsegpt"], 2, ["--method sparsegpt", "--calibrate"]),

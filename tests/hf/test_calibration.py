@@ -389,7 +389,7 @@ def test_an_error_inside_the_model_leaves_no_hooks(make: Callable[[str], tf.PreT
     model = make("t5")
     batches = batches_for(model)
     batches[1]["input_ids"][0, 0] = VOCABULARY + 50
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match="index out of range"):
         sequential(model, batches, matrices(model), lambda *args: None, gram=True)
     assert hooks_of(model) == 0
 
