@@ -120,19 +120,18 @@ def test_a_training_that_fails_stops_the_other(build: Build, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_slower_of_two_takes_what_the_faster_made(build: Build, tmp_path: Path) -> None:
-    faster = []
+def test_a_second_builder_is_refused_and_the_first_goes_on(build: Build, tmp_path: Path) -> None:
+    refusals: list[str] = []
 
     def race(stage: str, done: int, total: int) -> None:
-        if stage == "training BERT" and not faster:
-            faster.append(None)
-            # Another process has another process id, by which the temporary directory is named.
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("mpocli.io.output.os.getpid", lambda: 1)
-                faster[0] = build(tmp_path / "demo", steps=2)
+        if stage == "training BERT" and not refusals:
+            with pytest.raises(InputError) as refusal:
+                build(tmp_path / "demo", steps=2)
+            refusals.append(refusal.value.message)
 
-    slower = build(tmp_path / "demo", steps=2, progress=race)
-    assert build(tmp_path / "demo", steps=2) == replace(slower, cached=True)
+    first = build(tmp_path / "demo", steps=2, progress=race)
+    assert len(refusals) == 1 and "demo" in refusals[0]
+    assert build(tmp_path / "demo", steps=2) == replace(first, cached=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
 
 

@@ -230,6 +230,7 @@ def test_load_student_keeps_zeros_under_decay_and_moves_everything_else(case: Ca
     made = case()
     task = SimpleNamespace(name="any", kind="classification")
     data = SimpleNamespace(task=task, family="encoder", label_names=("a", "b", "c"), train=None, pad=0)
+    data.vocabulary = SimpleNamespace(knows=lambda token: token is not None, pad=0)
     model = load_student(Checkpoint.open(str(made.sparse)), data, trust_remote_code=False).train()  # type: ignore[arg-type]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

@@ -162,13 +162,7 @@ def test_prompt_and_answer_must_fit_into_a_decoder_s_positions(tmp_path: Path) -
         prepare(Checkpoint.open(str(tmp_path)), DataOptions("e2e", eval=(str(file),), max_length=16, max_new_tokens=20))
 
 
-def test_limit_is_refused_where_there_are_no_rows_and_a_reporter_where_it_is_unknown(tmp_path: Path) -> None:
-    tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    ).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="--limit"):
-        prepare(Checkpoint.open(str(tmp_path)), DataOptions("lm", limit=5, max_length=16))
+def test_a_reporter_that_is_unknown_is_refused() -> None:
     with pytest.raises(UsageError, match="nosuch"):
         check_report_to(["nosuch"])
     check_report_to([])
