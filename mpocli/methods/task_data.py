@@ -133,7 +133,8 @@ def prepare(
     family = family_of(task, checkpoint.config)
     vocabulary = model_vocabulary(checkpoint, options.tokenizer)
     _ = vocabulary.mask if family == "masked" else vocabulary.pad  # looked up before anything slow
-    written = options.max_new_tokens if task.kind == "text2text" and family == "causal" else 0
+    measured = bool(options.eval or options.test or holdout or not needs_train)
+    written = options.max_new_tokens if measured and task.kind == "text2text" and family == "causal" else 0
     _check_length(checkpoint, options.max_length, written)
     train_source = options.train or (task.hub if needs_train else "")
     if needs_train and not train_source:
