@@ -31,11 +31,11 @@ class Condition:
     test: Callable[[Any], bool] | None = None
     example: str = ""
 
-    def holds(self, values: Mapping[str, Any], given: Collection[str] = ()) -> bool:
+    def holds(self, values: Mapping[str, Any]) -> bool:
         value = values.get(self.option)
         if self.test is not None:
             return self.test(value)
-        return str(value) in self.values if self.values else _is_on(self.option, value, given)
+        return str(value) in self.values if self.values else bool(value)
 
     def written(self, metavars: Mapping[str, str]) -> str:
         """How one asks for it, as `--calibrate DATA`."""
@@ -49,16 +49,11 @@ class Without:
 
     options: tuple[str, ...]
 
-    def holds(self, values: Mapping[str, Any], given: Collection[str] = ()) -> bool:
-        return not any(_is_on(option, values.get(option), given) for option in self.options)
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        return not any(values.get(option) for option in self.options)
 
     def written(self, _: Mapping[str, str]) -> str:
         return ""
-
-
-def _is_on(option: str, value: Any, given: Collection[str]) -> bool:
-    """Whether an option says something: by its value, or by having been given, as `--max-drop 0`."""
-    return bool(value) or (option in given and value is not None and value is not False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def check(options: Collection[Option]) -> None:
         for rule in option.markers if option.given else ():
             if not isinstance(rule, Rule) or (rule.of and str(option.value) not in rule.of):
                 continue
-            held = [found for found in rule.conditions if found.holds(values, given)]
+            held = [found for found in rule.conditions if found.holds(values)]
             if bool(held) == rule.wanted:
                 continue
             name = f"{option.name} {option.value}" if rule.of else option.name

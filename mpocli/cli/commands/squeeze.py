@@ -13,7 +13,7 @@ from mpocli.cli import train_options as train_
 from mpocli.cli.options import at_least, check_finite, one_of, parse_bytes, share_of
 from mpocli.cli.train_options import HOW
 from mpocli.errors import TargetNotMetError, UsageError
-from mpocli.modes import ALWAYS, excludes, needs
+from mpocli.modes import ALWAYS, Condition, excludes, needs
 
 if TYPE_CHECKING:
     from mpocli.methods.squeeze import SqueezeReport
@@ -75,7 +75,7 @@ def command(
     patience: Annotated[
         int,
         typer.Option("--patience", metavar="N", help="Rounds in a row outside --max-drop.", rich_help_panel=WHEN),
-        needs("--max-drop"),
+        needs(Condition("--max-drop", test=lambda drop: drop is not None, example="--max-drop X")),
     ] = 0,
     order: Annotated[
         str,
