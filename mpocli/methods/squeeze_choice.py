@@ -13,8 +13,8 @@ from mpocli.errors import UsageError
 from mpocli.mpo import bond_spectra, entropy_nats, inner_bonds_of_centre
 from mpocli.nn import MPOModule
 
-Order = Literal["error", "entropy", "sensitivity"]
-ORDERS = ("error", "entropy", "sensitivity")
+Order = Literal["error", "cumulative", "entropy", "sensitivity"]
+ORDERS = ("error", "cumulative", "entropy", "sensitivity")
 TIES = ("matrix", "kind")
 
 
@@ -119,6 +119,17 @@ class Spectra:
         return float(self.of(bond)[after:before].square().sum())
 
 
+def accumulated(to: Mapping[Bond, int], widths: Widths, start: Spectra) -> float:
+    """sqrt(Σ_k ε_k²) over all bonds of the matrices that a cut touches, with the cut made: the bound on ‖W−Ŵ‖_F since
+    `start`, whose spectra are not those of cores that were trained meanwhile (MPOP, ACL 2021, Alg. 2)."""
+    total = 0.0
+    for name in {bond.module for bond in to}:
+        for bond, spectrum in enumerate(start.values[name], 1):
+            width = to.get(Bond(name, bond), widths.bonds[name][bond])
+            total += float(spectrum[width:].square().sum())
+    return math.sqrt(total)
+
+
 def candidates(
     tied: Sequence[Sequence[Bond]], widths: Widths, spectra: Spectra, step: Step, *, save: int | None = None
 ) -> list[Candidate]:
@@ -151,16 +162,20 @@ def best(
     widths: Widths,
     *,
     per_param: bool,
+    start: Spectra | None = None,
     loss_after: Callable[[Mapping[Bond, int]], float] | None = None,
 ) -> Candidate:
     """The candidate with the least score, the first of equals.
 
-    `error`: the bound (MPOP, ACL 2021, Alg. 2). `entropy`: e^S / χ, the share of its width that a bond uses, the mean
-    over tied ones. `sensitivity`: the loss on a sample with the cut made. `per_param` divides what is lost by the
-    parameters saved.
+    `error`: the bound on what the cut adds. `cumulative`: the bound on all that a matrix has lost since `start`, the
+    spectra before the first cut (MPOP, ACL 2021, Alg. 2: the matrix that stays nearest to what it was). `entropy`:
+    e^S / χ, the share of its width that a bond uses, the mean over tied ones. `sensitivity`: the loss on a sample with
+    the cut made. `per_param` divides what is lost by the parameters saved.
     """
     if order == "error":
         scores = [candidate.bound for candidate in found]
+    elif order == "cumulative":
+        scores = [accumulated(candidate.to, widths, start or spectra) for candidate in found]
     elif order == "entropy":
         scores = [_occupancy(candidate, spectra, widths) for candidate in found]
     else:

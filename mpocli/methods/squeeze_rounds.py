@@ -33,7 +33,7 @@ from mpocli.train.segment import Place, Schedule, SegmentTrainer, Steps, last_ch
 
 # Batches of training data on which `--order sensitivity` measures the loss.
 SENSITIVITY_BATCHES = 2
-# Shorter rounds are trained again from their beginning after a kill; longer ones keep checkpoints.
+# Shorter rounds are trained again from their beginning after a kill; longer ones keep checkpoints along the way.
 _LONG_ROUND = 199
 _SEGMENT = "segment"
 
@@ -67,6 +67,8 @@ class Squeezer:
         self.dtypes = stored_dtypes(model, checkpoint)
         self.modules = _chosen(mpo_modules(model), self.roles, config)
         self.tied = groups(self.modules, self.roles, config.tie)
+        # Before a state of this run is loaded: the model as it came.
+        self.spectra = Spectra(self.modules) if config.order == "cumulative" else None
         self.start = {name: module.sites.num_params(module.bond_dims) for name, module in self.modules.items()}
 
     def begin(self) -> Progressed:
@@ -136,16 +138,25 @@ class Squeezer:
 
     def _choice(self) -> dict[Bond, int]:
         config = self.config
+        how: dict[str, Any]
         widths, spectra = Widths(self.modules), Spectra(self.modules)
         save = None if self.target is None else max(1, self.params() - self.target)
         if config.direct:
             assert save is not None
-            how: Any = {"per_param": config.per_param, "save": save}
+            how = {"per_param": config.per_param, "save": save}
             return at_once(self.tied, widths, spectra, config.step, config.order, **how)
         found = candidates(self.tied, widths, spectra, config.step, save=save)
         if not found:
             return {}
-        chosen = best(found, config.order, spectra, widths, per_param=config.per_param, loss_after=self._loss_after)
+        chosen = best(
+            found,
+            config.order,
+            spectra,
+            widths,
+            per_param=config.per_param,
+            start=self.spectra,
+            loss_after=self._loss_after,
+        )
         return chosen.to
 
     def _cut(self, to: Mapping[Bond, int], state: Progressed) -> tuple[Cut, ...]:
@@ -204,7 +215,7 @@ class Squeezer:
             moments=state.moments,
             checkpoints=long,
         )
-        train_segment(trainer, last_checkpoint(segment) if long else None)
+        train_segment(trainer, last_checkpoint(segment))
         return take_moments(self.model, trainer.optimizer)
 
 

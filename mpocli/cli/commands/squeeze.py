@@ -82,7 +82,8 @@ def command(
         typer.Option(
             "--order",
             metavar="HOW",
-            help="error (least bound on ‖W−Ŵ‖), entropy (least of its width in use), or sensitivity (least loss).",
+            help="error (a cut adds the least to ‖W−Ŵ‖), cumulative (the matrix has lost the least in all: the paper's "
+            "rule), entropy (least of its width in use), or sensitivity (least loss).",
             rich_help_panel=WHICH,
         ),
         excludes("--direct", of=("sensitivity",), why="it ranks by spectra alone"),
@@ -180,7 +181,7 @@ def command(
       mpocli squeeze bert-sst2 --task sst2 --train train.tsv --eval dev.tsv \\
       --target-ratio 0.6 --tie kind --per-param --plot squeeze.svg
     """
-    one_of("--order", order, ("error", "entropy", "sensitivity"))
+    one_of("--order", order, ("error", "cumulative", "entropy", "sensitivity"))
     one_of("--tie", tie, ("matrix", "kind"))
     for option, value in (("--rounds", rounds), ("--target-params", target_params), ("--save-steps", save_steps)):
         at_least(option, value, 1)
