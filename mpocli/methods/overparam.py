@@ -322,7 +322,7 @@ def _train_segment(run: Run, model: Any, chain: _Chain, left: Sequence[str], unt
         next_token=run.data.family == "causal",
         place=Place(chain.number, first),
         moments=chain.moments,
-        # A segment that scores is trained again from its beginning after a kill: its sums are in no checkpoint.
+        # A segment that scores is short; after a kill it is trained again from its beginning.
         checkpoints=not left,
         raw=True,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def mean_loss(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     return sum(losses) / len(losses)
 
 
-class GradientScores(TrainerCallback):  # type: ignore[misc]
+class GradientScores(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Adds up I_W = Σ_steps |⟨∂L/∂W, W⟩|, the first-order estimate of what zeroing W changes (OPF, Eq. 7).
 
     Of each step the inner product over the whole matrix, then its absolute value: with Σ|g∘W| every element would
@@ -52,6 +53,14 @@ class GradientScores(TrainerCallback):  # type: ignore[misc]
             if gradient is not None:
                 product = (gradient.detach() * held[name].detach()).sum().abs()
                 self.sums[name] = self.sums[name].to(product.device) + product
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        self.sums |= {name: torch.tensor(value) for name, value in saved.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, which an interrupt leaves."""
+        return {"args": {}, "attributes": self.scores}
 
     @property
     def scores(self) -> dict[str, float]:

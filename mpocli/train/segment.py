@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from mpocli.errors import InputError, NumericsError, UsageError
@@ -30,6 +31,7 @@ from mpocli.hf.foreign import foreign
 from mpocli.io.disk import is_no_room
 from mpocli.modes import OF_CORES
 from mpocli.train.distill import Distillation
+from mpocli.train.interrupt import CheckpointOnInterrupt
 from mpocli.train.moments import Moments, put_moments
 from mpocli.train.predictions import predictions, shifted, shifts_labels
 from mpocli.train.updates import parameter_groups
@@ -95,8 +97,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     `next_token` says that labels are shifted in the model's loss: those of a causal language model. `place` is given
     where this is one of many segments, and `moments` are the optimiser's state by parameter name to begin with.
-    Without `checkpoints` nothing is saved along the way; `raw` ones hold the tensors by name and no model that could be
-    loaded. `rates` are learning rates of parameters that have their own, by name.
+    Without `checkpoints` nothing is saved along the way but on an interrupt; `raw` ones hold the tensors by name and no
+    model that could be loaded. `rates` are learning rates of parameters that have their own, by name.
     """
 
     def __init__(
@@ -127,19 +129,22 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         self.optimisation = optimisation
         self.schedule = schedule
         self.distillation = distillation
+        self.running = _RunningLoss(self)
         lengths = [len(feature["input_ids"]) for feature in features]
         super().__init__(
             model=model,
             args=_arguments(optimisation, steps, directory, device, place, checkpoints=checkpoints),
             train_dataset=list(features),
             data_collator=collator,
-            callbacks=[*callbacks],
+            callbacks=[*callbacks, self.running],
         )
         together = optimisation.batch_size * optimisation.accumulation * self.args.world_size
         grouped = together if optimisation.group_by_length else None
         self.sampler: Sampler[int] = ByLength(lengths, grouped, optimisation.seed)
         if place is not None:
             self.sampler = Stretch(self.sampler, together, place.first_step, steps)
+        self.interrupt = CheckpointOnInterrupt()
+        self.add_callback(self.interrupt)
         self.add_callback(_Epochs(self.sampler, collator, first=place.number if place else 0))
         self.model_accepts_loss_kwargs = True  # a loss is of a step's items: not to be divided by its batches again
         self.remove_callback(PrinterCallback)  # which prints to stdout
@@ -238,6 +243,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
                 raise NumericsError(
                     f"{name} is not finite after step {self.state.global_step}", hint="lower --lr or --mpo-lr"
                 )
+        self.running.note()
         super()._save_checkpoint(*args, **kwargs)
 
 
@@ -312,6 +318,34 @@ def _unraisable_ignored() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+class _RunningLoss(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """The losses since the last log, in checkpoints: a run that is resumed between two logs logs what it would have.
+
+    transformers keeps the sum of each process, and forgets it.
+    """
+
+    def __init__(self, trainer: SegmentTrainer) -> None:
+        self.trainer = trainer
+        self.sums: list[float] = []
+        self.logged = 0
+
+    def note(self) -> None:
+        """In every process, before a checkpoint is written."""
+        total = getattr(self.trainer, "_tr_loss", None)
+        if total is not None:
+            self.sums = self.trainer.accelerator.gather(total.detach().reshape(1)).tolist()
+            self.logged = int(self.trainer._globalstep_last_logged)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        if len(saved.get("sums", ())) == args.world_size and hasattr(self.trainer, "_tr_loss"):
+            self.trainer._tr_loss.fill_(saved["sums"][args.process_index])
+            self.trainer._globalstep_last_logged = saved["logged"]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"sums": self.sums, "logged": self.logged}}
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]
@@ -454,11 +488,12 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
     """Run a segment to its end, from a checkpoint of it if given.
 
     Raises `NumericsError` at a loss or tensor that is not finite and `InputError` where a checkpoint cannot be
-    written; the last good one stays.
+    written; the last good one stays. On Ctrl-C, SIGTERM or SIGHUP a checkpoint is written after the step that runs.
     """
     had_forward = "forward" in trainer.model.__dict__
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with trainer.interrupt.catching():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except NumericsError as error:
         directory = Path(str(trainer.args.output_dir))
         if trainer.is_world_process_zero():  # finite or not, the weights of this very step gave what is not

@@ -119,3 +119,18 @@ def restaurants(path: Path, rows: int, seed: int) -> Path:
 def logged(directory: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def signalled(step: int, *signals: str) -> str:
+    """For `Server.run`'s `before`: the process signals itself as it begins to compute a step, counted in this run."""
+    return f"""
+import os, signal
+from mpocli.train.segment import SegmentTrainer
+whole, calls = SegmentTrainer.training_step, []
+def training_step(self, *args, **kwargs):
+    calls.append(self.state.global_step)
+    for name in {signals!r} if len(calls) == {step} else ():
+        os.kill(os.getpid(), getattr(signal, name))
+    return whole(self, *args, **kwargs)
+SegmentTrainer.training_step = training_step
+"""

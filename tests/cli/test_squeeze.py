@@ -447,7 +447,20 @@ def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
     lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
 ) -> None:
     """Between rounds, in the middle of one, and while a round is being written; bytes of the whole output."""
-    options = ["--max-drop", 1, "--rounds", 6, "--finetune-steps", 3, "--step", "20%", "--per-param", "-o"]
+    options = [
+        "--max-drop",
+        1,
+        "--rounds",
+        6,
+        "--finetune-steps",
+        3,
+        "--step",
+        "20%",
+        "--order",
+        "cumulative",
+        "--per-param",
+        "-o",
+    ]
     arguments = ["squeeze", tuned, *sst2(lab, *options)]
     whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
     assert whole.code == 0, whole.err
@@ -470,6 +483,21 @@ def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
             assert found[key] == wanted[key], key
         assert tree(work / name) == tree(work / "whole")
     assert not list(work.glob("*.training"))
+
+
+def test_ctrl_c_in_the_middle_of_a_short_round_costs_no_step(
+    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
+) -> None:
+    options = ["--max-drop", 1, "--rounds", 2, "--finetune-steps", 6, "--step", "20%", "-o"]
+    arguments = ["squeeze", tuned, *sst2(lab, *options)]
+    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
+    assert whole.code == 0, whole.err
+    stopped = trainer.run(*arguments, "cut", cwd=work, log=tmp_path / "log", before=tasks.signalled(8, "SIGINT"))
+    assert stopped.code == 130 and "--resume" in stopped.err
+    assert (work / "cut.training" / "segment-2" / "checkpoint-2" / "trainer_state.json").is_file()
+    ended = trainer.run(*arguments, "cut", "--resume", cwd=work, log=tmp_path / "log")
+    assert ended.code == 0, ended.err
+    assert tree(work / "cut") == tree(work / "whole")
 
 
 def test_a_long_round_resumes_from_its_own_checkpoints(
