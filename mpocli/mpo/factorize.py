@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -36,16 +37,13 @@ def site_shape(rows: int, columns: int, sites: int) -> SiteShape:
     published = published_shape(rows, columns, sites)
     if published is not None:
         return published
-    best: tuple[int, SiteShape] | None = None
+    of_sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # parameters depend on nothing else
     for out_factors in _even_factorings(rows, sites):
         for in_factors in _even_factorings(columns, sites):
             for pairs in _pairings(out_factors, in_factors):
-                shape = _best_order(pairs)
-                candidate = shape.num_params()
-                if best is None or candidate < best[0]:
-                    best = candidate, shape
-    assert best is not None  # a dimension always has the factoring (size, 1, 1, ...)
-    return best[1]
+                of_sizes.setdefault(tuple(sorted(o * i for o, i in pairs)), pairs)
+    # A dimension always has the factoring (size, 1, 1, ...), so that there is one.
+    return min((_best_order(pairs) for pairs in of_sizes.values()), key=SiteShape.num_params)
 
 
 def _even_factorings(size: int, sites: int) -> list[tuple[int, ...]]:
@@ -124,21 +122,32 @@ def _best_order(pairs: list[tuple[int, int]]) -> SiteShape:
     """
     n, left_count = len(pairs), (len(pairs) - 1) // 2
     ranked = sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))
-    best: tuple[int, SiteShape] | None = None
-    tried: set[tuple[int, ...]] = set()
+    orders: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # by the sizes of their sites, on which all depends
     for centre in range(n):
         others = ranked[:centre] + ranked[centre + 1 :]
+        sizes = [o * i for o, i in others]
+        chosen_by_sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
         for chosen in combinations(range(n - 1), left_count):
-            left = [others[k] for k in chosen]
+            chosen_by_sizes.setdefault(tuple([sizes[k] for k in chosen]), chosen)
+        for chosen in chosen_by_sizes.values():
             right = [others[k] for k in range(n - 2, -1, -1) if k not in chosen]
-            order = [*left, ranked[centre], *right]
-            sizes = tuple(o * i for o, i in order)
-            if sizes in tried:
-                continue
-            tried.add(sizes)
-            shape = SiteShape(tuple(o for o, _ in order), tuple(i for _, i in order))
-            params = shape.num_params()
-            if best is None or params < best[0]:
-                best = params, shape
-    assert best is not None
-    return best[1]
+            order = [*(others[k] for k in chosen), ranked[centre], *right]
+            orders.setdefault(tuple([o * i for o, i in order]), order)
+    order = orders[min(orders, key=_full_params)]
+    return SiteShape(tuple(o for o, _ in order), tuple(i for _, i in order))
+
+
+def _full_params(sizes: tuple[int, ...]) -> int:
+    """Parameters at full bond dimension of sites of s_k = o_k i_k in this order: Σ d_{k−1} s_k d_k, the bond d_k the
+    smaller of the products left and right of it.
+
+    >>> _full_params((2, 6, 2))
+    32
+    """
+    total, left, right, bond = 0, 1, math.prod(sizes), 1
+    for size in sizes:
+        left *= size
+        right //= size
+        before, bond = bond, min(left, right)
+        total += before * size * bond
+    return total

@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 import math
 import pickle
@@ -89,10 +90,11 @@ def matrix_of(layer, expert):
 
 def net_by_loops(net, x, routing):
     """Token by token and choice by choice."""
+    matrix = functools.cache(matrix_of)
 
     def linear(layer, expert, value):
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
-        return matrix_of(layer, expert) @ value + bias
+        return matrix(layer, expert) @ value + bias
 
     tokens = x.detach().double().reshape(-1, x.shape[-1]).numpy()
     result = np.zeros((len(tokens), net.down.out_features))
