@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from mpocli import __version__
-from mpocli.cli import signals, streams
+from mpocli.cli import notices, signals, streams
 from mpocli.cli.command import Command
 from mpocli.cli.commands import decompose, demo, evaluate, expand_moe, finetune, inspect, merge, plan, sparsify, squeeze
 from mpocli.errors import MpoError
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 a bug, 2 usage, 3 input, 4 numerics, 5 target missed, 128 + n ended by
     signal n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP)."""
     streams.reopen()
-    with signals.as_interrupts() as ending:
+    with signals.as_interrupts() as ending, notices.shown():
         code = _run(arguments, ending)
     sys.exit(code)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpocli import __version__
-from mpocli.hf.card import license_of, model_card
+from mpocli.hf.card import left_behind, license_of, model_card
 from mpocli.hf.config import check_counts, load_config, read_config
 from mpocli.hf.hub import Source, resolve
 from mpocli.hf.settled import settled
+from mpocli.hf.side_files import carry
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
 from mpocli.hf.targets import Survey, survey
-from mpocli.io.checkpoint import WEIGHTS_INDEX, CheckpointReader, file_sha256
+from mpocli.io.checkpoint import CheckpointReader, file_sha256
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
 from mpocli.io.signpost import check_seal
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = "README.md"
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
-_OWN_FILES = {"config.json", MANIFEST, WEIGHTS_INDEX, CARD, ".gitattributes", "metrics.jsonl", "squeeze.jsonl"}
-# Small configuration folders travel along (sentence-transformers' `1_Pooling`, say).
-_MAX_FOLDER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -173,15 +169,7 @@ def write_surroundings(
     described = model or checkpoint
     manifest = settled(manifest, described.survey, CheckpointReader(work, manifest.encodings))
     source = checkpoint.source.directory
-    for path in sorted(source.iterdir()):
-        if path.name in _OWN_FILES or path.suffix in _WEIGHT_SUFFIXES or path.name.startswith("."):
-            continue
-        if path.name.endswith(".index.json"):
-            continue
-        if path.is_file() and not (work / path.name).exists():
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and _is_configuration(path):
-            _copy_folder(path, work / path.name)
+    left = carry(source, work)
     config = {key: value for key, value in described.config_json.items() if key != "quantization_config"}
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -191,6 +179,7 @@ def write_surroundings(
     _write_json(work / "config.json", config)
     class_name = "AutoModel" if "auto_map" in config else _architecture(config)
     card = model_card(manifest, license_of(source / CARD), class_name)
+    card += left_behind(left)
     (work / CARD).write_text(card, encoding="utf-8")
     files = sorted(path for path in work.rglob("*") if path.is_file())
     digests = {
@@ -240,23 +229,6 @@ def _readable(work: Path) -> None:
     os.umask(mask)
     for file in work.glob("*.safetensors"):
         file.chmod(0o666 & ~mask)
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """Files and folders without their modes: out of a read-only store comes a folder that can be deleted."""
-    for path in (source, *sorted(source.rglob("*"))):
-        place = target / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir()
-        else:
-            shutil.copyfile(path, place)
-
-
-def _is_configuration(folder: Path) -> bool:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return all(path.suffix in (".json", ".txt") for path in files) and (
-        sum(path.stat().st_size for path in files) <= _MAX_FOLDER_BYTES
-    )
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

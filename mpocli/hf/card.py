@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ def model_card(
         lines += [_made_by(entry["command"], entry["options"]) for entry in manifest.history]
         lines += [""]
     return "\n".join(lines)
+
+
+def left_behind(lines: Sequence[str]) -> str:
+    """What the source's directory has and this one has not, for the end of the card; nothing where that is nothing."""
+    if not lines:
+        return ""
+    return "\n".join(["", "Left behind in the source's directory", "", *(f"- {_code(line)}" for line in lines), ""])
 
 
 def _form(manifest: Manifest) -> str:

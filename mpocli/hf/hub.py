@@ -11,8 +11,9 @@ from mpocli.io.checkpoint import PICKLE_HINT
 from mpocli.io.readable import is_there, why_unreadable
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What a checkpoint needs: never pickles, never the other frameworks' copies of the weights.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+# What a checkpoint needs: never pickles, never the other frameworks' copies of the weights. In the numbered folders are
+# the modules that sentence-transformers puts after the model; mpocli carries them and opens none.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "[0-9]*_*/*"]
 _SUBFOLDERS = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
 # The same weights once more: as their authors' own code wants them, or in another precision.
 _VARIANTS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "8bit", "4bit", "non_ema")

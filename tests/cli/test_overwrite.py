@@ -18,7 +18,7 @@ import transformers as tf
 
 from cli.processes import Ended, Moment, Server
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
-from mpocli.hf import artifact
+from mpocli.hf import artifact, side_files
 from mpocli.io.output import output_directory
 from mpocli.io.writer import CheckpointWriter
 
@@ -199,7 +199,7 @@ def _fail_at_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fail_at_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact.shutil, "copyfile", _full)
+    monkeypatch.setattr(side_files.shutil, "copyfile", _full)
 
 
 FAILURES = {
