@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[list[Any], str, int, str]] = {
     "the best epoch": (["finetune", "mpo", "--select", "best", "--limit", 44, *SST2], "SIGTERM", 3, "checkpoint-3"),
     "masked tokens": (["finetune", "masked", *LM], "SIGHUP", 2, "checkpoint-2"),
     "over-parameterised, scoring": (
-        ["finetune", "body", "--overparam", "dynamic", "--top-n", 2, "--every", 6, *SST2],
+        ["finetune", "body", "--overparam", "dynamic", "--top-n", 2, "--every", 5, *SST2],
         "SIGINT",
         4,
         "segment-0/checkpoint-4",
