@@ -299,7 +299,7 @@ def test_targets_are_met_and_hardly_more_than_met(direct: bool, squeeze: Squeeze
 def test_ratio_and_bytes_are_targets_too(option: str, squeeze: Squeeze, tuned: Path, work: Path) -> None:
     size = (tuned / WEIGHTS).stat().st_size
     value = 0.95 if option == "ratio" else size - 9000
-    report = squeeze("out", f"--target-{option}", value, "--finetune-steps", 0, "--step", "25%", "--tie", "kind")
+    report = squeeze("out", f"--target-{option}", value, "--finetune-steps", 0, "--step", "10%", "--tie", "kind")
     found = report["totals"]
     assert found["ratio"] <= 0.95 if option == "ratio" else found["bytes"] <= size - 9000
     assert found["ratio"] > 0.93 if option == "ratio" else found["bytes"] > size - 11000
