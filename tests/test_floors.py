@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "printable": 0,
     "errors": 0,
+    "lazy": 0,
     "modes": 1,
     "mpo": 1,
     "sparse": 1,
@@ -149,6 +150,12 @@ def test_import_mpocli_loads_neither_torch_nor_transformers_nor_the_command_line
     loaded = _modules_after("import mpocli; dir(mpocli); mpocli.__version__")
     assert "mpocli" in loaded
     assert not loaded & {*_HEAVY, "typer", "rich"}
+
+
+def test_what_reads_metadata_loads_no_torch() -> None:
+    metadata = "mpocli.io.manifest", "mpocli.io.signpost", "mpocli.io.stored", "mpocli.mpo.shape", "mpocli.sparse.sizes"
+    loaded = _modules_after(f"import {', '.join(metadata)}")
+    assert "safetensors" in loaded and not loaded & {"torch", "transformers"}
 
 
 _RUN = """

@@ -17,7 +17,8 @@ from mpocli.hf.settled import settled
 from mpocli.hf.side_files import carry
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
 from mpocli.hf.targets import Survey, survey
-from mpocli.io.checkpoint import CheckpointReader, file_sha256
+from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.digest import file_sha256
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
 from mpocli.io.signpost import check_seal

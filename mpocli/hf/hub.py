@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpocli.errors import InputError, UsageError
-from mpocli.io.checkpoint import PICKLE_HINT
 from mpocli.io.readable import is_there, why_unreadable
+from mpocli.io.stored import PICKLE_HINT
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a checkpoint needs: never pickles, never the other frameworks' copies of the weights. In the numbered folders are

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mpocli.errors import InputError
 from mpocli.hf.renaming import saved_keys
 from mpocli.hf.replace import local_name
-from mpocli.io.encoding import Encoding, Encodings, encode, encoded_names, encoding_of, encodings_from, part_names
+from mpocli.io.encoding import Encoding, Encodings, encoded_names, encoding_of, encodings_from, part_names
+from mpocli.io.packing import encode
 from mpocli.nn.held_zeros import hold_zeros, look_again, release_zeros_of
 from mpocli.sparse.bits import unpack_sparse
 

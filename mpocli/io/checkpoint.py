@@ -2,157 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.io.encoding import Encodings, encoded_names, encoding_of, has_tombstone, part_names
-from mpocli.io.json_file import read_json
-from mpocli.io.readable import is_file, is_there, why_unreadable
-from mpocli.io.signpost import SIGNPOST
+from mpocli.io.digest import files_sha256
+from mpocli.io.dtypes import STORED_DTYPES
+from mpocli.io.encoding import Encodings, part_names
+from mpocli.io.stored import StoredTensors
 from mpocli.sparse.bits import unpack_sparse
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-# The class matters: AutoModel would drop the head.
-PICKLE_HINT = (
-    "convert it once, where you trust it, with the class that config.json's `architectures` names: "
-    'transformers.CLASS.from_pretrained("{model}").save_pretrained("NEW_DIR")'
-)
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "model.pth")
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, dtype.name) for code, dtype in STORED_DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of a stored tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class CheckpointReader:
-    """The tensors of a model directory. Opens every file's header at once, and the data only on `read`.
-
-    Those that `encodings` (the manifest's) describe appear as the dense tensors they stand for. Raises `InputError`
-    for a directory without safetensors weights (pickles are never opened), for a file that is truncated or corrupt,
-    for an index that names what is not there, and where the files and the encodings do not go together.
-    """
+class CheckpointReader(StoredTensors[torch.dtype]):
+    """The tensors of a model directory, and their data on `read`."""
 
     def __init__(self, directory: Path, encodings: Encodings | None = None) -> None:
-        self.directory = directory
-        self.files = _weight_files(directory)
-        self.specs: dict[str, TensorSpec] = {}
-        self._handles: dict[str, Any] = {}
-        for file in self.files:
-            try:
-                # Plain reads instead of a memory map: mapped pages count as this process's memory.
-                handle = safe_open(file, framework="pt", device="cpu", backend="pread")
-                for name in handle.keys():
-                    view = handle.get_slice(name)
-                    dtype = DTYPES.get(view.get_dtype())
-                    if dtype is None:
-                        raise InputError(
-                            f"{file.name}: tensor {name} has dtype {view.get_dtype()}, which mpocli does not read",
-                            hint="convert the checkpoint to a floating-point dtype first",
-                        )
-                    self.specs[name] = TensorSpec(name, dtype, tuple(view.get_shape()))
-                    self._handles[name] = handle
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file}: not a readable safetensors file ({error})",
-                    hint="the file is truncated or corrupt: download or write it again",
-                ) from error
-
-        self._check_index()
-        self.encoded: dict[str, str] = {}
-        self.kept_values: dict[str, int] = {}
-        self._show_encoded(encodings or {})
-
-    def _show_encoded(self, encodings: Encodings) -> None:
-        """Put a dense spec in the place of bitmask and values. `encoded` has its entry in `encodings` by stored name,
-        `kept_values` how many entries are stored."""
-        for name in sorted(encoded_names(self.specs)):
-            entry = encoding_of(encodings, name)
-            if entry is None:
-                raise InputError(
-                    f"{self.directory}: {name} is stored as a bitmask, and config.json has no encoding for it",
-                    hint="restore config.json from the directory that mpocli wrote",
-                )
-            bits, values = (self.specs.pop(part) for part in part_names(name))
-            shape = encodings[entry].shape
-            dense = TensorSpec(name, values.dtype, shape)
-            if bits.dtype != torch.uint8 or bits.numel != -(-dense.numel // 8) or len(values.shape) != 1:
-                raise InputError(
-                    f"{self.directory}: the bitmask of {name} has {bits.numel} elements of {bits.dtype} and values of "
-                    f"shape {values.shape}, shape {'x'.join(map(str, shape))} needs {-(-dense.numel // 8)} bytes and "
-                    "a list",
-                    hint="config.json and the weights belong to different checkpoints",
-                )
-            self.specs[name], self.encoded[name], self.kept_values[name] = dense, entry, values.numel
-        absent = sorted(set(encodings) - set(self.encoded.values()))
-        if absent:
-            raise InputError(
-                f"{self.directory}: {absent[0]} is encoded, says config.json, and the files lack its bitmask or values",
-                hint="the weight files are incomplete or belong to another checkpoint",
-            )
-
-    def _check_index(self) -> None:
-        index = self.directory / WEIGHTS_INDEX
-        if len(self.files) == 1 and self.files[0].name == WEIGHTS:
-            return
-        absent = [name for name in read_json(index)["weight_map"] if name not in self._handles]
-        if absent:
-            raise InputError(
-                f"{index}: names tensor {absent[0]}, which no shard holds ({len(absent)} such)",
-                hint="index and shards belong to different checkpoints: download or write them again",
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.specs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
+        super().__init__(directory, encodings, DTYPES, framework="pt")
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own; an encoded one as the dense tensor, bit for bit."""
@@ -164,88 +35,10 @@ class CheckpointReader:
                 raise InputError(
                     f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
                 ) from error
-        return self._stored(name)
-
-    def part_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that the files hold for an encoded one."""
-        dense, (bits, values) = self.specs[name], part_names(name)
-        shapes: dict[str, tuple[int, ...]] = {bits: (-(-dense.numel // 8),), values: (self.kept_values[name],)}
-        return {**shapes, **({name: (1,)} if has_tombstone(name) else {})}
-
-    def _stored(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{self.directory}: tensor {name} cannot be read ({error})", hint="download or write the file again"
-            ) from error
+        tensor: Tensor = self._stored(name)
         return tensor
-
-    @property
-    def seal(self) -> int | None:
-        """What the files say of the config.json that they were written with; None where they say nothing."""
-        spec = self.specs.get(SIGNPOST)
-        return int(self.read(SIGNPOST)) if spec and spec.dtype == torch.int64 and spec.numel == 1 else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(file.stat().st_size for file in self.files)
 
     @cached_property
     def sha256(self) -> str:
-        """One digest over the weight files: of the file itself, or of the sorted `digest  name` lines of shards."""
-        digests = [(file_sha256(file), file.name) for file in self.files]
-        if len(digests) == 1:
-            return digests[0][0]
-        lines = "".join(f"{digest}  {name}\n" for digest, name in sorted(digests, key=lambda pair: pair[1]))
-        return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _is_file_name(name: str) -> bool:
-    """No path: an index that somebody else wrote must not lead anywhere else."""
-    return 0 < len(name.encode("utf-8", "replace")) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / WEIGHTS_INDEX
-    for path in (directory / WEIGHTS, index):
-        if is_there(path) and (why := why_unreadable(path)):
-            raise InputError(f"{path}: {why}", hint="download or write the file again")
-    if is_file(directory / WEIGHTS):
-        return [directory / WEIGHTS]
-    if is_file(index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: its weight_map does not map tensors to files", hint="download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if not _is_file_name(name):
-                raise InputError(
-                    f"{index}: names the shard {name[:80]!r}, which is no file name in this directory",
-                    hint="download the index again, from where you trust it",
-                )
-        missing = [name for name in names if why_unreadable(directory / name)]
-        if missing or not names:
-            first = f" (first: {_shown(missing[0])}, which {why_unreadable(directory / missing[0])})" if missing else ""
-            raise InputError(
-                f"{index}: names {len(names)} shards, {len(missing)} of them missing{first}",
-                hint="download the missing shards",
-            )
-        return [directory / name for name in names]
-    pickles = [name for name in _PICKLES if is_there(directory / name)]
-    if pickles:
-        raise InputError(
-            f"{directory}: only a pickle checkpoint ({pickles[0]}), which can run code when it is opened",
-            hint=PICKLE_HINT.format(model="DIR"),
-        )
-    raise InputError(f"{directory}: no {WEIGHTS} and no {WEIGHTS_INDEX}", hint="name a transformers model directory")
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= 60 else f"{name[:59]}…"
+        """One digest over the weight files."""
+        return files_sha256(self.files)

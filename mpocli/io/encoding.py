@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpocli.errors import InputError
-from mpocli.sparse.bits import pack_sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITMASK = "bitmask"
 _BITS, _VALUES = "_bitmask", "_values"
@@ -102,21 +101,3 @@ class Adds(Protocol):
 def has_tombstone(name: str) -> bool:
     """Whether one zero stays under the tensor's own name: a dense weight's, not a core's, whose module has one."""
     return re.fullmatch(r"core_\d+", name.rpartition(".")[2]) is None
-
-
-def add_encoded(sink: Adds, name: str, tensor: Tensor) -> None:
-    """Write a tensor as bitmask and values.
-
-    One zero is left where a dense weight was: a loader that does not know the encoding then stops at its shape.
-    """
-    for part, stored in encode(name, tensor).items():
-        sink.add(part, stored)
-
-
-def encode(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that stand for one in the files."""
-    bits, values = pack_sparse(tensor)
-    parts = dict(zip(part_names(name), (bits, values), strict=True))
-    if has_tombstone(name):
-        parts[name] = torch.zeros(1, dtype=tensor.dtype)
-    return parts

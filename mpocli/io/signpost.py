@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mpocli.errors import InputError
 from mpocli.io.encoding import Adds
+
+if TYPE_CHECKING:
+    import torch
 
 # transformers lists the tensors that a model does not expect right above the error that the tombstones cause,
 # so that the name of this one is read by whoever forgot the import.
@@ -39,6 +40,8 @@ def add_signpost(sink: Adds, quantization: Mapping[str, Any]) -> None:
 
 
 def signpost(quantization: Mapping[str, Any]) -> torch.Tensor:
+    import torch
+
     return torch.tensor([seal_of(quantization)])
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
+import torch
 from torch import Tensor, uint8
 
-from mpocli.io.checkpoint import DTYPE_NAMES, WEIGHTS, WEIGHTS_INDEX, TensorSpec
+from mpocli.io.checkpoint import DTYPE_NAMES
+from mpocli.io.stored import WEIGHTS, WEIGHTS_INDEX, TensorSpec
 
+Spec = TensorSpec[torch.dtype]
 # transformers refuses a file whose metadata does not say so.
 _METADATA = {"format": "pt"}
 _SPOOL = ".spool"
@@ -26,7 +29,7 @@ class Shard:
     """One file to be: its name, its tensors in file order, and its exact size."""
 
     name: str
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[Spec, ...]
     header: bytes
 
     @property
@@ -34,10 +37,10 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[Shard]:
+def plan_shards(specs: Iterable[Spec], max_shard_bytes: int) -> list[Shard]:
     """Distribute tensors over files of at most `max_shard_bytes` each (one tensor may be larger), in order."""
     empty = len(_header(())) + 8  # and at most this much padding
-    groups: list[list[TensorSpec]] = [[]]
+    groups: list[list[Spec]] = [[]]
     size = empty
     for spec in specs:
         entry = len(json.dumps([spec.name, spec.shape], ensure_ascii=False).encode()) + _ENTRY_BYTES
@@ -57,7 +60,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[Shard
     return shards
 
 
-def _header(specs: Sequence[TensorSpec]) -> bytes:
+def _header(specs: Sequence[Spec]) -> bytes:
     entries: dict[str, object] = {"__metadata__": _METADATA}
     offset = 0
     for spec in specs:
@@ -75,7 +78,7 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
 class Sink(Protocol):
     """Something tensors are added to, one name after the other."""
 
-    specs: list[TensorSpec]
+    specs: list[Spec]
 
     def add(self, name: str, tensor: Tensor) -> None: ...
 
@@ -84,7 +87,7 @@ class SpecCounter:
     """A sink that only takes note of shapes: for a dry run."""
 
     def __init__(self) -> None:
-        self.specs: list[TensorSpec] = []
+        self.specs: list[Spec] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
@@ -105,7 +108,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._spool = (directory / _SPOOL).open("w+b")
         self._offsets: dict[str, int] = {}
-        self.specs: list[TensorSpec] = []
+        self.specs: list[Spec] = []
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
-from mpocli.io.encoding import BITMASK, Encoding, add_encoded
+from mpocli.io.encoding import BITMASK, Encoding
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
+from mpocli.io.packing import add_encoded
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.io.encoding import Encoding, add_encoded
+from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import MANIFEST, Manifest
+from mpocli.io.packing import add_encoded
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter
 from mpocli.methods.sparsify_config import SparsifyConfig

@@ -19,8 +19,8 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.settled import settled
 from mpocli.hf.targets import Weight
-from mpocli.io.checkpoint import file_sha256
 from mpocli.io.differences import differences, leaves
+from mpocli.io.digest import file_sha256
 from mpocli.io.json_file import read_json
 from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, read_manifest
 from mpocli.io.model_files import unlisted_files

@@ -1,8 +1,14 @@
 """Numerics of sparsity: which entries go, how the rest is packed, and what one-shot pruning computes. torch only."""
 
-from mpocli.sparse.bits import bitmask_bytes, pack_bits, pack_sparse, unpack_bits, unpack_sparse
-from mpocli.sparse.masks import Pattern, global_masks, n_of_m_mask, rowwise_mask, smallest_mask, zeros_in
-from mpocli.sparse.schedule import CubicSchedule
+from typing import TYPE_CHECKING
+
+from mpocli.lazy import attributes
+
+if TYPE_CHECKING:
+    from mpocli.sparse.bits import pack_bits, pack_sparse, unpack_bits, unpack_sparse
+    from mpocli.sparse.masks import Pattern, global_masks, n_of_m_mask, rowwise_mask, smallest_mask, zeros_in
+    from mpocli.sparse.schedule import CubicSchedule
+    from mpocli.sparse.sizes import bitmask_bytes
 
 __all__ = [
     "CubicSchedule",
@@ -18,3 +24,14 @@ __all__ = [
     "unpack_sparse",
     "zeros_in",
 ]
+
+# `sizes` is for whoever counts bytes and needs no torch for it.
+__getattr__ = attributes(
+    __name__,
+    {
+        "bits": "pack_bits pack_sparse unpack_bits unpack_sparse",
+        "masks": "Pattern global_masks n_of_m_mask rowwise_mask smallest_mask zeros_in",
+        "schedule": "CubicSchedule",
+        "sizes": "bitmask_bytes",
+    },
+)

@@ -56,12 +56,3 @@ def unpack_sparse(packed: Tensor, values: Tensor, shape: Sequence[int]) -> Tenso
         raise InputError(f"a bitmask that keeps {kept} entries, and {values.numel()} values")
     tensor = torch.zeros(tuple(shape), dtype=values.dtype, device=values.device)
     return tensor.masked_scatter_(mask, values)
-
-
-def bitmask_bytes(numel: int, nonzero: int, itemsize: int) -> int:
-    """⌈n/8⌉ for the mask and `itemsize` for every kept value.
-
-    >>> bitmask_bytes(1000, 100, 2)
-    325
-    """
-    return -(-numel // 8) + nonzero * itemsize

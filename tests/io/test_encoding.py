@@ -16,16 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.io.checkpoint import WEIGHTS, CheckpointReader, TensorSpec
-from mpocli.io.encoding import (
-    Encoding,
-    add_encoded,
-    encode,
-    encoded_names,
-    encoding_of,
-    encodings_from,
-)
+from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.encoding import Encoding, encoded_names, encoding_of, encodings_from
 from mpocli.io.manifest import Manifest, MPOSpec, read_manifest
+from mpocli.io.packing import add_encoded, encode
+from mpocli.io.stored import WEIGHTS, TensorSpec
 from mpocli.io.writer import CheckpointWriter
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
