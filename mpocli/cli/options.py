@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpocli.errors import UsageError
+from mpocli.io.readable import real_path
 from mpocli.modes import ALWAYS
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def one_of(option: str, value: str | None, choices: tuple[str, ...]) -> None:
 def default_out(model: str, suffix: str) -> Path:
     """The model's bare name and what was done to it: in the working directory, or beside a model that holds it."""
     path = Path(model).expanduser()
-    directory = path.resolve()
+    directory = real_path(path)
     name = f"{directory.name if path.name in ('', '..') else path.name}-{suffix}"
     working = Path.cwd()
     inside = path.is_dir() and (directory == working or directory in working.parents)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpocli.errors import InputError, UsageError
-from mpocli.io.readable import is_there, why_unreadable
+from mpocli.io.readable import is_there, real_path, why_unreadable
 from mpocli.io.stored import PICKLE_HINT
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -55,7 +55,7 @@ def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool 
             if is_there(path / "config.json"):
                 raise InputError(f"{path / 'config.json'}: {why}", hint="download or write the file again")
             raise InputError(f"{model}: no config.json in this directory", hint="name a transformers model directory")
-        return Source(path, path.resolve().name, None)
+        return Source(path, real_path(path).name, None)
     if here:
         raise InputError(f"{model}: is a file", hint="name the model's directory")
     if not _REPO_ID.fullmatch(model) or model.startswith("."):

@@ -12,6 +12,7 @@ from typing import Any
 
 from mpocli.errors import InputError
 from mpocli.io.model_files import OWN_FILES
+from mpocli.io.readable import is_file, real_path, why_unreadable
 from mpocli.printable import printable
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt"}
@@ -93,6 +94,9 @@ def _copy_file(source: Path, path: Path, place: Path, *, is_named: bool) -> list
                 hint="put the file itself there, where you trust it",
             )
         return [f"{name}: a link out of the directory"]
+    why = why_unreadable(path)  # a pipe would be waited for
+    if why:
+        raise InputError(f"{path}: {why}", hint="put the file itself there, or take it out of the directory")
     shutil.copyfile(path, place)
     return []
 
@@ -100,7 +104,7 @@ def _copy_file(source: Path, path: Path, place: Path, *, is_named: bool) -> list
 def is_inside(source: Path, path: Path) -> bool:
     """Whether a path, its links followed, ends in `source`, or in the store that a snapshot of the hub's cache is
     made of links to (`<repo>/snapshots/<revision>` and `<repo>/blobs`)."""
-    root, real = source.resolve(), path.resolve()
+    root, real = real_path(source), real_path(path)
     in_store = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     return in_store or root in real.parents
 
@@ -112,7 +116,7 @@ def _named(source: Path) -> set[str]:
         if not any(fnmatchcase(path.name, pattern) for pattern in _NAMING) or fnmatchcase(path.name, _ADAPTER):
             continue
         try:
-            if path.stat().st_size <= _MAX_JSON_BYTES:
+            if is_file(path) and path.stat().st_size <= _MAX_JSON_BYTES:
                 found |= set(_strings(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, RecursionError):  # no loader reads it either
             continue

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mpocli.errors import InputError
+from mpocli.io.readable import real_path
 
 Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 
@@ -18,7 +19,7 @@ def check_apart(writes: Paths, reads: Paths) -> None:
     any: nothing is written into it. Names that are no paths, as those of hub models, are passed over.
     """
     read = list(_existing(reads))
-    written = [(option, path, path.resolve()) for option, path in _listed(writes)]
+    written = [(option, path, real_path(path)) for option, path in _listed(writes)]
     for number, (option, path, place) in enumerate(written):
         for other_option, other, other_place in (*read, *written[:number]):
             if _same_file(place, other_place):
@@ -43,7 +44,7 @@ def _existing(paths: Paths) -> Iterator[tuple[str, Path, Path]]:
         expanded = path.expanduser()
         try:
             if os.path.lexists(expanded):
-                yield option, path, expanded.resolve()
+                yield option, path, real_path(expanded)
         except (OSError, ValueError):  # a name that is no path
             continue
 

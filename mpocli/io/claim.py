@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from mpocli.errors import InputError
 from mpocli.io.lock import Lock, take
+from mpocli.io.readable import real_path
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,7 +89,7 @@ def writes_output(run: Callable[P, T]) -> Callable[P, T]:
 def claim(path: Path) -> Claim:
     """`path` for the rest of the run, from which the dead's leavings are swept. Raises `InputError` while another
     process writes there, and `OSError` where nothing can be written beside it."""
-    run, path = _RUN.get(), path.resolve()
+    run, path = _RUN.get(), real_path(path)
     assert run is not None, "outside of a function under writes_output"
     for found in run.claims:
         if found.path == path:
@@ -105,7 +106,7 @@ def is_in_a_run() -> bool:
 @contextmanager
 def claimed(path: Path) -> Iterator[Claim]:
     """A claim for the block: the run's own, where it has one and does not build there already."""
-    path = path.resolve()
+    path = real_path(path)
     run = _RUN.get()
     own = [found for found in run.claims if found.path == path and not found.is_building] if run else []
     if own:
@@ -151,7 +152,7 @@ def contents(path: Path) -> Contents:
 
 def digest(path: Path) -> str:
     """One word for what is at a path, to compare with later."""
-    return hashlib.sha256(repr(sorted(contents(path.resolve()))).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(contents(real_path(path)))).encode()).hexdigest()
 
 
 def _entry(path: Path, entry: Path) -> tuple[str, int, int, int]:
@@ -198,7 +199,7 @@ def discard(directory: Path) -> None:
     if not directory.is_dir():
         return
     run = _RUN.get()
-    beside = [found for found in run.claims if found.path.parent == directory.parent.resolve()] if run else []
+    beside = [found for found in run.claims if found.path.parent == real_path(directory.parent)] if run else []
     name = f"{directory.name}.discarded"
     try:
         away = beside[0].workshop() / name if beside else directory.with_name(name)

@@ -10,6 +10,7 @@ from mpocli.errors import InputError
 from mpocli.io.claim import claimed, contents
 from mpocli.io.disk import is_no_room, reason
 from mpocli.io.place import put_into_place
+from mpocli.io.readable import real_path
 
 
 class OutputFile:
@@ -31,7 +32,7 @@ class OutputFile:
             raise self._refused("exists", "name another file, or pass --overwrite")
         if not os.access(path.absolute().parent, os.W_OK):
             raise self._refused("nothing can be written there", "name another file")
-        self._seen = contents(path.resolve())
+        self._seen = contents(real_path(path))
 
     def write(self, fill: Callable[[Path], object]) -> None:
         """`fill(path)` writes a file of the same suffix elsewhere. Raises `InputError` on a full disk."""

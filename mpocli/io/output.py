@@ -13,6 +13,7 @@ from mpocli.io.claim import claim, claimed, contents, is_in_a_run, remove
 from mpocli.io.disk import is_no_room, reason
 from mpocli.io.model_files import foreign_files
 from mpocli.io.place import put_into_place
+from mpocli.io.readable import real_path
 
 
 def check_output(
@@ -32,7 +33,9 @@ def check_output(
     """
     found = reads if isinstance(reads, Mapping) else {"the input": reads}
     check_apart({"--out": path, **(writes or {})}, found)
-    resolved = path.resolve()
+    resolved = real_path(path)
+    if resolved.is_symlink():
+        raise InputError(f"{path}: is a symbolic link that leads back to itself", hint="choose another --out")
     if resolved.is_mount():
         raise InputError(f"{path}: is a mount point, which cannot be replaced", hint="name a directory in it")
     if claims:
@@ -52,7 +55,7 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
         if path.exists():
             raise InputError(f"{path}: exists and is not a directory", hint="choose another --out")
         return
-    if holds(path.resolve(), Path.cwd()):
+    if holds(real_path(path), Path.cwd()):
         raise InputError(
             f"{path}: the working directory lies in it, and would be deleted from under the shell",
             hint="choose another --out, or run mpocli from elsewhere",
@@ -83,7 +86,7 @@ def output_directory(path: Path) -> Iterator[Path]:
     changed since stays, and the run ends with `InputError`. A kill leaves the old directory as it was; the next run
     with the same output sweeps the remains up. Raises `InputError` too where the disk is full or not writable.
     """
-    path = path.resolve()
+    path = real_path(path)
     try:
         with claimed(path) as own:
             work = own.workshop() / "new"

@@ -31,6 +31,11 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def real_path(path: Path) -> Path:
+    """`Path.resolve`, which raises for links that go round in circles: here those stand for themselves."""
+    return Path(os.path.realpath(path))
+
+
 def why_unreadable(path: Path, *, opened: bool = True) -> str | None:
     """Why a path is no file that can be read, as the end of a sentence about it; None where it is one.
 

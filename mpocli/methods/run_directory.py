@@ -18,6 +18,7 @@ from mpocli.io.claim import digest, discard
 from mpocli.io.disk import reason
 from mpocli.io.manifest import MANIFEST
 from mpocli.io.output import check_output
+from mpocli.io.readable import real_path
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.segment_state import worth_resuming
@@ -31,7 +32,7 @@ _REPLACES = "replaces"
 
 def training_directory(out: Path) -> Path:
     """`<out>.training`, a sibling of the output."""
-    return out.resolve().with_name(f"{out.resolve().name}.training")
+    return real_path(out).with_name(f"{real_path(out).name}.training")
 
 
 def check_begun(directory: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
@@ -128,7 +129,7 @@ def _check_unchanged(out: Path, begun: dict[str, Any]) -> None:
 
 def reports_directory(out: Path) -> Path:
     """`<out>.runs`, a sibling of the output."""
-    return out.resolve().with_name(f"{out.resolve().name}.runs")
+    return real_path(out).with_name(f"{real_path(out).name}.runs")
 
 
 @contextmanager

@@ -348,6 +348,10 @@ def test_an_output_that_cannot_be_replaced_is_refused(
     (work / "photos" / "holiday.jpg").write_bytes(b"\xff\xd8")
     refuses(3, [verb, mpo, "-o", "photos", "--overwrite"], "photos", "config.json")
     refuses(3, [verb, mpo, "-o", "file/below"], "file/below")
+    (work / "circle").symlink_to("circle")
+    refuses(3, [verb, mpo, "-o", "circle"], "circle", "leads back to itself")
+    refuses(3, [verb, mpo, "-o", "circle/below"], "circle/below")
+    refuses(3, [verb, "circle"], "circle")
 
 
 @pytest.mark.parametrize("verb", ["decompose", "merge"])

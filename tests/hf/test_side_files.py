@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -110,4 +111,26 @@ def test_what_is_named_and_cannot_be_carried_is_refused(source: Path, work: Path
     (source / "2_Dense").mkdir()
     (source / "2_Dense" / "config.json").symlink_to(tmp_path / "elsewhere" / "config.json")
     with pytest.raises(InputError, match=r"2_Dense/config\.json"):
+        carry(source, work)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("pipe", "is a pipe"), ("circle", "symbolic links"), ("dangling", "a link to what does not exist")],
+)
+def test_what_is_no_file_is_refused_by_name_and_not_waited_for(what: str, words: str, source: Path, work: Path) -> None:
+    path = source / "tokenizer.json"
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if what == "circle" else "nowhere")
+    with pytest.raises(InputError, match=rf"tokenizer\.json: .*{words}"):
+        carry(source, work)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_that_would_name_others_is_not_waited_for_either(source: Path, work: Path) -> None:
+    os.mkfifo(source / "tokenizer_config.json")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: is a pipe"):
         carry(source, work)
