@@ -42,7 +42,7 @@ class Encoding:
             kind, shape = str(data["encoding"]), tuple(map(int, data["shape"]))
             pattern = str(data.get("pattern", "unstructured"))
             key = None if data.get("key") is None else str(data["key"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"tensor {name}: its encoding is malformed ({error!r})", hint="restore config.json and mpo.json"
             ) from error

@@ -123,7 +123,7 @@ class MPOSpec:
             sites = spec.sites
         except InputError as error:
             raise InputError(f"module {name}: {error.message}", hint=_RESTORE) from error
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise InputError(f"module {name}: its MPO entry is malformed ({error!r})", hint=_RESTORE) from error
         if len(shape) != 2:
             raise InputError(f"module {name}: {len(shape)} numbers for a shape, a matrix has 2", hint=_RESTORE)
@@ -417,7 +417,7 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         )
     except InputError:
         raise
-    except (TypeError, AttributeError, ValueError, KeyError) as error:
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: malformed ({error!r})", hint=_RESTORE) from error
     counts = Counter(entry.name for entry in manifest.modules)
     twice = sorted(name for name, count in counts.items() if count > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -488,6 +489,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         _structure(lambda q: q["modules"][QUERY].update(shape=[96, 48]), alone=True),
         (QUERY, "96", "48"),
     ),
+    "a site of infinite size": (
+        _structure(lambda q: q["modules"][QUERY].update(out_dims=[math.inf]), alone=True),
+        (QUERY, "malformed"),
+    ),
+    "a centre at infinity": (_manifest(lambda m: _first(m, center=math.inf)), ("mpo.json", "infinity")),
     "module that is no object": (_structure(lambda q: q["modules"].update({QUERY: 7}), alone=True), (QUERY,)),
     "modules that are a list": (_structure(lambda q: q.update(modules=[7]), alone=True), ("modules",)),
 }

@@ -240,6 +240,7 @@ def test_an_encoding_comes_back_from_json(encoding: Encoding) -> None:
         ({"encoding": "bitmask", "shape": [3, 0]}, r"of shape \[3, 0\]"),
         ({"encoding": "bitmask", "shape": [3, -4]}, r"of shape \[3, -4\]"),
         ({"encoding": "bitmask", "shape": ["a", 4]}, "malformed"),
+        ({"encoding": "bitmask", "shape": [float("inf"), 4]}, "malformed"),
         ({"encoding": "bitmask", "shape": 12}, "malformed"),
         ({"encoding": "bitmask"}, "malformed"),
         ({"shape": [3, 4]}, "malformed"),
