@@ -26,7 +26,10 @@ def foreign(problem: str, *, hint: str) -> Iterator[None]:
         yield
     except MpoError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of Rust (tokenizers, safetensors) is no `Exception`: its class is meant to end the process.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if _is_ours(error.__traceback__):
             raise
         raise InputError(f"{problem} ({told(error)})", hint=hint) from error

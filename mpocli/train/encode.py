@@ -258,17 +258,17 @@ def _eos(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    """Token ids without special tokens, and without the advice about sequences longer than the model's maximum."""
+def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[Ids]:
+    """Token ids, without special tokens, and without the advice about sequences longer than the model's maximum."""
     with foreign(_FAILS.format(type(tokenizer).__name__), hint=_FAILS_HINT):
-        made = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        made = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
     return list(made["input_ids"])
 
 
 def _surroundings(tokenizer: Any) -> tuple[Ids, Ids]:
     """The special tokens that the tokenizer puts before and after a text."""
     bare = _ids(tokenizer, ["a"])[0]
-    full = list(tokenizer("a", verbose=False)["input_ids"])
+    full = _ids(tokenizer, ["a"], special=True)[0]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]

@@ -66,6 +66,15 @@ def test_a_file_beside_the_model_that_is_no_object_is_named(name: str, model: Pa
     refused(cli("eval", model, "--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16), 3, str(model / name))
 
 
+def test_a_tokenizer_that_panics_over_a_text_is_named(lab: Path, cli: Cli, tmp_path: Path) -> None:
+    """Its template has a token that its table of special tokens lacks."""
+    model = Path(shutil.copytree(lab / "masked", tmp_path / "masked"))
+    with edited(model / "tokenizer.json") as data:
+        del data["post_processor"]["special_tokens"]["[CLS]"]
+    command = ["eval", model, "--task", "lm", "--eval", lab / "dev.txt", "--max-length", 16]
+    refused(cli(*command), 3, "the tokenizer (", "cannot read the text")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("what", ["pipe", "directory", "loop"])
 def test_what_stands_in_a_files_place_is_told(name: str, what: str, model: Path, cli: Cli) -> None:

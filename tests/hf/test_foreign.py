@@ -40,6 +40,19 @@ def test_any_class_of_exception_is_caught_and_only_its_first_line_is_told(kind: 
     caught.value.message.encode()
 
 
+def test_a_panic_of_rust_is_the_files_trouble_too() -> None:
+    """pyo3's class of it derives from `BaseException`, so that nobody goes on by accident."""
+
+    class PanicException(BaseException):
+        pass
+
+    def fail() -> None:
+        raise PanicException("no entry found for key")
+
+    with pytest.raises(InputError, match="no entry found for key"), foreign("tokenizer", hint="try"):
+        foreign_code(fail)
+
+
 def test_a_bug_of_our_own_that_foreign_code_ran_into_stays_a_bug() -> None:
     with pytest.raises(TypeError), foreign("bert", hint="try"):
         foreign_code(lambda: json_file.parse_json(None))  # type: ignore[arg-type]
