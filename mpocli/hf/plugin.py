@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,7 @@ from mpocli.hf.sparse import (
 )
 from mpocli.io.encoding import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
+from mpocli.io.readable import why_unreadable
 from mpocli.io.signpost import SIGNPOST, check_seal, signpost
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
 from mpocli.nn.held_zeros import release_zeros_of
@@ -205,26 +208,36 @@ def _stored_shapes(files: Any) -> dict[str, list[int]]:
     """Shape of every tensor in the safetensors files."""
     shapes: dict[str, list[int]] = {}
     for file in files or ():
-        if not str(file).endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(file, framework="pt") as handle:
-                shapes |= {key: list(handle.get_slice(key).get_shape()) for key in handle.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{file}: not a readable safetensors file ({error})",
-                hint="the file is truncated or corrupt: download or write it again",
-            ) from error
+        with _opened(file) as handle:
+            shapes |= {key: list(handle.get_slice(key).get_shape()) for key in (handle.keys() if handle else ())}
     return shapes
 
 
 def _stored_seal(files: Any) -> int | None:
     for file in files or ():
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as handle:
-                if SIGNPOST in handle.keys() and handle.get_slice(SIGNPOST).get_dtype() == "I64":
-                    return int(handle.get_tensor(SIGNPOST))
+        with _opened(file) as handle:
+            if handle and SIGNPOST in handle.keys() and handle.get_slice(SIGNPOST).get_dtype() == "I64":
+                return int(handle.get_tensor(SIGNPOST))
     return None
+
+
+@contextmanager
+def _opened(file: Any) -> Iterator[Any]:
+    """A safetensors file, None for one of another kind; `InputError` where what the block asks of it is unreadable."""
+    if not str(file).endswith(".safetensors"):
+        yield None
+        return
+    why = why_unreadable(Path(file))  # a pipe would be waited for
+    if why:
+        raise InputError(f"{file}: {why}", hint="download or write the file again")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: not a readable safetensors file ({error})",
+            hint="the file is truncated or corrupt: download or write it again",
+        ) from error
 
 
 def _check_no_extra_cores(model: PreTrainedModel, specs: dict[str, Any], stored: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,23 @@ def test_a_core_of_the_wrong_shape_is_an_error(spoilt: Spoilt, ignore_mismatched
     edit_weights(directory, lambda tensors: tensors.update({name: tensors[name][:, :, :, :-1].contiguous()}))
     with pytest.raises((mpocli.InputError, RuntimeError)):
         cls.from_pretrained(directory, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+@pytest.mark.parametrize("damage", ["cut", "length", "lost", "pipe"])
+def test_a_weight_file_that_is_none_is_named(damage: str, spoilt: Spoilt) -> None:
+    cls, directory = spoilt
+    cls.from_pretrained(directory).save_pretrained(directory, max_shard_size="20KB")
+    (directory / "model.safetensors").unlink()
+    path = min(directory.glob("*.safetensors"))
+    content = path.read_bytes()
+    if damage in ("lost", "pipe"):
+        path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
+    else:
+        path.write_bytes(content[:-9] if damage == "cut" else bytes(8) + content[8:])
+    with pytest.raises(mpocli.InputError, match=path.name):
+        cls.from_pretrained(directory)
 
 
 def test_a_dense_checkpoint_cannot_be_read_as_an_mpo(tmp_path: Path) -> None:
