@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import typer
 
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
-from mpocli.cli.app import app
+from mpocli.cli.group import COMMANDS, command
 from mpocli.methods.inputs import _OPTIONS
 
 SST2 = ("--task", "sst2")
@@ -91,8 +90,7 @@ def test_what_is_read_is_never_written(what: str, cli: Cli, shop: Path) -> None:
 
 def test_every_option_that_names_a_path_is_under_the_rule() -> None:
     """Its declaration says what it is: MODEL and DATA are read, FILE and DIR are written."""
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-    options = [parameter for command in commands for parameter in command.params if parameter.opts[0][:2] == "--"]
+    options = [option for name in COMMANDS for option in command(name).params if option.opts[0][:2] == "--"]
     read = {option.opts[0] for option in options if option.metavar in ("MODEL", "DATA")}
     written = {option.opts[0] for option in options if option.metavar in ("FILE", "DIR")}
     assert read == {*_OPTIONS.values(), "--baseline", "--base"}  # `inspect --base` writes nothing

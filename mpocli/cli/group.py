@@ -1,0 +1,52 @@
+"""The commands by name: each is imported, and its signature read, when it is called and no sooner."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mpocli.cli.command import Command
+
+# Name: (module below `mpocli.cli.commands`, the first line of its help). In the order of the help page.
+COMMANDS = {
+    "decompose": ("decompose", "Turn weight matrices into matrix product operators."),
+    "plan": ("plan", "Show what `decompose` would choose for a budget, matrix by matrix."),
+    "finetune": ("finetune", "Fine-tune a model on a task: of an MPO checkpoint, its auxiliary cores alone."),
+    "squeeze": ("squeeze", "Shrink a fine-tuned MPO checkpoint bond by bond, fine-tuning in between."),
+    "sparsify": ("sparsify", "Set most weights to zero, by training or at once, and store the others."),
+    "expand-moe": ("expand_moe", "Make experts of the feed-forward networks, which share their central cores."),
+    "eval": ("evaluate", "Measure a checkpoint: the task's metrics, parameters, bytes, memory, latency."),
+    "inspect": ("inspect", "Show what a checkpoint holds: parameters by role and matrix, bonds, errors, bytes."),
+    "merge": ("merge", "Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed."),
+    "demo": ("demo", "Make two tiny language models, decompose them, load them, predict."),
+}
+
+
+@functools.cache
+def command(name: str) -> Any:
+    """The command `name`, with all its options: what Typer makes of a signature takes a while."""
+    module = importlib.import_module(f"mpocli.cli.commands.{COMMANDS[name][0]}")
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    alone.command(name, cls=Command)(module.command)
+    return typer.main.get_command(alone)
+
+
+class Group(TyperGroup):
+    """Names and first lines of the commands suffice for its help, and for telling which of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found if name is None else command(name), rest
+
+
+def add_commands(app: typer.Typer) -> None:
+    for name, (_, line) in COMMANDS.items():
+        app.command(name, help=line)(_called_by_name)
+
+
+def _called_by_name() -> None:
+    raise AssertionError("`Group.resolve_command` gives the command itself")
