@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from mpocli.printable import printable
 
 # Where no terminal says how wide it is (a pipe, a log), tables are never squeezed.
 _PIPE_WIDTH = 160
+# Seconds between two lines of progress there.
+EVERY = 30.0
 
 
 class _Console(Console):
@@ -76,9 +79,12 @@ def print_json(command: str, report: Any, **extra: Any) -> None:
 
 @contextmanager
 def progress_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on stderr, as a callback (done, total, item)."""
-    if not enabled or not err.is_terminal:
+    """A progress bar on stderr, as a callback (done, total, item); where no terminal is, a line now and then."""
+    if not enabled:
         yield None
+        return
+    if not err.is_terminal:
+        yield _now_and_then(what)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -94,6 +100,21 @@ def progress_bar(what: str, *, enabled: bool = True) -> Iterator[Callable[[int, 
             bar.update(task, completed=done, total=total, item=printable(shortened(item)))
 
         yield update
+
+
+def _now_and_then(what: str) -> Callable[[int, int, str], None]:
+    """What is done in a moment says nothing; what takes longer, where it is, twice a minute."""
+    began = said = time.monotonic()
+
+    def say(done: int, total: int, item: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= EVERY:
+            said = now
+            where = f" ({printable(shortened(item))})" if item else ""
+            err.print(f"{what}: {done:,} of {total:,} after {now - began:.0f} s{where}")
+
+    return say
 
 
 @contextmanager

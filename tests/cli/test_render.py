@@ -39,3 +39,18 @@ def test_notes_name_a_role_once_where_only_numbers_differ() -> None:
     assert render.notes(modules) == ["kept dense: 2 attention matrices: an MPO would be larger"]
     same = [Module("q", larger.format(5, 4)), Module("k", larger.format(5, 4))]
     assert render.notes(same) == [f"kept dense: 2 attention matrices: {larger.format(5, 4)}"]
+
+
+def test_where_no_terminal_is_long_work_tells_where_it_is_and_short_work_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every command that can take long, beside --json too: it goes to stderr."""
+    clock = iter([0.0, 20.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(render.time, "monotonic", lambda: next(clock))
+    with render.progress_bar("plan") as progress:
+        assert progress is not None
+        for done in range(1, 5):
+            progress(done, 4, f"layers.{done}")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "plan: 2 of 4 after 31 s (layers.2)\nplan: 4 of 4 after 62 s (layers.4)\n"
