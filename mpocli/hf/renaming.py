@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mpocli.hf.matrices import prefix_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -16,15 +18,6 @@ if TYPE_CHECKING:
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>core_\d+(_bitmask|_values)?|router\.(weight|bias)|weight(_bitmask|_values))"
 )
-
-
-def prefix_of(key: str) -> str:
-    """What the cores of a weight are called below in the files, by the weight's key.
-
-    >>> prefix_of("embed_out.weight"), prefix_of("gate_weight")
-    ('embed_out', 'gate_weight')
-    """
-    return key.removesuffix(".weight")
 
 
 def loading_parts(model: PreTrainedModel, conversions: Sequence[Any], stored: Collection[str]) -> list[Any]:

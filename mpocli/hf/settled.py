@@ -1,4 +1,4 @@
-"""What a manifest must say of modules, told from the files and the model's class."""
+"""What a manifest must say of modules and matrices, told from the files and the model's class."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import replace
 from mpocli.hf.targets import Survey, Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.manifest import Manifest, ModuleEntry
+from mpocli.io.matrix_entry import MatrixEntry
 from mpocli.mpo.linalg import dtype_name
 
 
 def settled(manifest: Manifest, survey: Survey, reader: CheckpointReader) -> Manifest:
     """The manifest with its modules in the model's order, and of each what files and class say in the place of what
-    it says: whoever writes a manifest writes this, and `inspect --verify` makes it again and compares.
+    it says, and with all matrices: whoever writes a manifest writes this, and `inspect --verify` makes it again and
+    compares.
 
     Bonds and dims are those of the cores (`survey` compares them); measurements stay as they are. The survey may be
     that of the same class before its matrices were decomposed, `reader` has the files that the manifest describes.
@@ -24,7 +26,25 @@ def settled(manifest: Manifest, survey: Survey, reader: CheckpointReader) -> Man
         for member in weight.members
         if member.name in entries
     ]
-    return replace(manifest, modules=tuple(modules))
+    matrices = tuple(_matrix(weight, entries, reader) for weight in survey.weights)
+    return replace(manifest, modules=tuple(modules), matrices=matrices)
+
+
+def _matrix(weight: Weight, entries: dict[str, ModuleEntry], reader: CheckpointReader) -> MatrixEntry:
+    here = [entries[member.name].spec for member in weight.members if member.name in entries]
+    parts = next(([weight.key_of(part) for part in spec.stored_shapes()] for spec in here if not spec.tied_to), ())
+    key = next((key for key in (weight.key, *weight.follower_keys) if key and key in reader), None)
+    stored = [name for name in (*parts, key, *weight.sources) if name and name in reader]
+    return MatrixEntry(
+        name=weight.name,
+        role=weight.role,
+        kind=weight.kind,
+        shape=weight.shape,
+        key=key,
+        dtype=dtype_name(reader.specs[stored[0]].dtype if stored else weight.dtype),
+        reason=weight.obstacle,
+        tied=tuple(member.name for member in weight.members[1:]),
+    )
 
 
 def _settled(weight: Weight, name: str, entries: dict[str, ModuleEntry], reader: CheckpointReader) -> ModuleEntry:

@@ -1,14 +1,12 @@
-"""Survey a checkpoint's weight matrices and choose among them by role and by name."""
+"""Survey a checkpoint's weight matrices: what the model's class says of the tensors in the files."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError
-from mpocli.hf.renaming import prefix_of
+from mpocli.hf.matrices import Matrix, Member, checked
 from mpocli.hf.replace import check_spec, embedding_scale
-from mpocli.hf.roles import ROLES, role_of
+from mpocli.hf.roles import role_of
 from mpocli.hf.routing import check_networks
 from mpocli.hf.skeleton import FileKeys, build_skeleton, file_keys
 
@@ -30,58 +28,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One of the modules that use a weight: its name, kind (linear | conv1d | embedding) and embedding scale."""
+class Weight(Matrix[torch.dtype]):
+    """A weight matrix of the model. `follower_keys` are the keys of the members after the first, which the files need
+    not hold; `sources` those of the tensors that it is read from, more than one where loading puts it together."""
 
-    name: str
-    kind: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight matrix of the model, O×I with rows = output features (or the vocabulary).
-
-    `members` are the modules that share it, the owner first (more than one: tied). `key` is its name in the
-    files, for a decomposed one the tombstone's; `follower_keys` are those of the members after the first, which
-    the files need not hold. `obstacle` says why it cannot be decomposed, if so. `entry` is the manifest's, where
-    it is decomposed already.
-    """
-
-    members: tuple[Member, ...]
-    roles: frozenset[str]
-    shape: tuple[int, int]
-    key: str | None
-    dtype: torch.dtype
-    obstacle: str = ""
-    entry: ModuleEntry | None = None
     follower_keys: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.members[0].name
-
-    @property
-    def kind(self) -> str:
-        return self.members[0].kind
-
-    @property
-    def role(self) -> str | None:
-        """The first of its roles in the order of `ROLES`: a tied embedding and head is an embedding."""
-        return next((role for role in ROLES if role in self.roles), None)
-
-    @property
-    def dense_params(self) -> int:
-        return self.shape[0] * self.shape[1]
+    sources: tuple[str, ...] = ()
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """O×I from what its layer stores, or back: GPT-2's `Conv1D` holds the transpose."""
         return matrix.T if self.kind == "conv1d" else matrix
-
-    def key_of(self, part: str) -> str:
-        """What the files call a part of it: `weight` itself, a core, a router's tensor."""
-        assert self.key is not None
-        return self.key if part == "weight" else f"{prefix_of(self.key)}.{part}"
 
 
 @dataclass(frozen=True)
@@ -163,9 +119,19 @@ def survey(
         names = [keys.stored.get(parameter, parameter) for parameter in parameters]
         followers = tuple(name for name in names if name != key)
         entry = next((entries[m.name] for m in members if m.name in entries and not entries[m.name].spec.tied_to), None)
-        dtype = _stored_dtype(parameters[0], keys, reader) if key is None else reader.specs[key].dtype
-        weight = Weight(tuple(members), frozenset(roles), (shape[0], shape[1]), key, dtype, obstacle, entry, followers)
-        weights.append(_checked(weight, reader, _why_not_stored(parameters[0], keys)))
+        sources = (key,) if key else keys.converted.get(parameters[0], ())
+        weight = Weight(
+            tuple(members),
+            frozenset(roles),
+            (shape[0], shape[1]),
+            key,
+            _dtype_of(sources, reader),
+            obstacle,
+            entry,
+            followers,
+            sources,
+        )
+        weights.append(checked(weight, reader, _why_not_stored(parameters[0], keys)))
     _check_entries(model, weights, entries)
     parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
@@ -290,6 +256,10 @@ def _forward_source(cls: Any) -> str:
 def _stored_dtype(parameter: str, keys: FileKeys, reader: CheckpointReader) -> torch.dtype:
     """Of the files' tensor behind a parameter, of one that it is converted from, or float32 for a new one."""
     sources = (keys.stored[parameter],) if parameter in keys.stored else keys.converted.get(parameter, ())
+    return _dtype_of(sources, reader)
+
+
+def _dtype_of(sources: Sequence[str], reader: CheckpointReader) -> torch.dtype:
     return reader.specs[sources[0]].dtype if sources else torch.float32
 
 
@@ -394,56 +364,6 @@ def _why_not_stored(parameter: str, keys: FileKeys) -> str:
     return "the checkpoint does not store it (a new head, say)"
 
 
-def _checked(weight: Weight, reader: CheckpointReader, why_not_stored: str) -> Weight:
-    """The weight if the files hold it as described; `why_not_stored` is its obstacle where they have no key of it."""
-    if weight.entry is None:
-        if weight.key and not weight.obstacle:
-            stored = reader.specs[weight.key].shape
-            expected = weight.shape[::-1] if weight.kind == "conv1d" else weight.shape
-            if stored != expected:
-                raise InputError(
-                    f"{reader.directory}: tensor {weight.key} is {_by(stored)}, config.json implies {_by(expected)}",
-                    hint="config.json and the weights belong to different models",
-                )
-        elif weight.key is None and not weight.obstacle:
-            return replace(weight, obstacle=why_not_stored)
-        return weight
-    if weight.key is None:
-        raise InputError(
-            f"{reader.directory}: module {weight.name} is in the manifest and has no tensor {weight.name}.weight",
-            hint="the weight files belong to another checkpoint",
-        )
-    spec = weight.entry.spec
-    parts = {weight.key_of(part): shape for part, shape in spec.stored_shapes().items()}
-    for name, shape in parts.items():
-        if name not in reader:
-            raise InputError(
-                f"{reader.directory}: {_part(name)} is in the manifest and not in the files",
-                hint="the weight files are incomplete or belong to another checkpoint",
-            )
-        if reader.specs[name].shape != shape:
-            raise InputError(
-                f"{reader.directory}: {_part(name)} is {_by(reader.specs[name].shape)}, the manifest says {_by(shape)}",
-                hint="the weight files belong to another checkpoint",
-            )
-    cores = len(spec.core_shapes())
-    extra = weight.key_of(f"core_{cores}")
-    if extra in reader:
-        raise InputError(
-            f"{reader.directory}: core {extra} is in the files, the manifest has {cores} cores there",
-            hint="the weight files belong to another checkpoint",
-        )
-    return replace(weight, dtype=reader.specs[next(iter(parts))].dtype)
-
-
-def _part(name: str) -> str:
-    return f"core {name}" if re.search(r"\.core_\d+$", name) else f"tensor {name}"
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 def _dense_size(
     model: PreTrainedModel, keys: FileKeys, groups: list[list[str]], apart: set[str], reader: CheckpointReader
 ) -> tuple[int, int]:
@@ -460,46 +380,3 @@ def _dense_size(
         params += parameter.numel()
         size += parameter.numel() * _stored_dtype(name, keys, reader).itemsize
     return params, size
-
-
-def select(
-    weights: Sequence[Weight],
-    *,
-    layers: Sequence[str] | None,
-    targets: Sequence[str],
-    ignore: Sequence[str],
-    default_roles: Sequence[str],
-    target_option: str = "--target",
-) -> list[Weight]:
-    """The weights that the roles and globs choose; either half of a tied pair chooses both.
-
-    `targets` alone replaces the default roles, with `layers` both must hold, `ignore` subtracts last. Globs
-    match whole module names and `*` crosses dots. `InputError` for a glob that matches nothing, which calls the
-    targets by the option that they came from.
-    """
-    names = [member.name for weight in weights for member in weight.members]
-    for option, globs in ((target_option, targets), ("--ignore", ignore)):
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise InputError(f"{option} {glob!r} matches no weight matrix", hint=_nearest(glob, names))
-    roles = set(layers if layers is not None else default_roles)
-
-    def matches(weight: Weight, globs: Sequence[str]) -> bool:
-        return any(fnmatchcase(member.name, glob) for member in weight.members for glob in globs)
-
-    chosen = []
-    for weight in weights:
-        wanted = bool(weight.roles & roles) if layers is not None or not targets else True
-        if targets:
-            wanted = wanted and matches(weight, targets)
-        if wanted and not matches(weight, ignore):
-            chosen.append(weight)
-    return chosen
-
-
-def _nearest(glob: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(glob.strip("*"), names, n=3, cutoff=0.3)
-    if not close:
-        pieces = {name.rpartition(".")[2] for name in names}
-        close = difflib.get_close_matches(glob.strip("*."), sorted(pieces), n=3, cutoff=0.3) or sorted(pieces)[:3]
-    return "the nearest names are " + ", ".join(close) + "; `*` crosses dots, as in '*attention*'"

@@ -14,6 +14,7 @@ from mpocli.errors import InputError
 from mpocli.io.differences import differences
 from mpocli.io.encoding import BITMASK, Encoding, encodings_from
 from mpocli.io.json_file import read_json
+from mpocli.io.matrix_entry import MatrixEntry, listed
 from mpocli.mpo.shape import SiteShape
 
 MANIFEST = "mpo.json"
@@ -259,11 +260,13 @@ class Manifest:
     """Everything `mpo.json` says. No clock, host name or absolute path: equal runs give equal bytes.
 
     `encodings` are the tensors (dense weights, cores) that the files do not hold as they are, by name; `routing` how
-    tokens find their experts, empty where there are none.
+    tokens find their experts, empty where there are none; `matrices` all of the model's, in its order, those that are
+    not decomposed too, None where an older mpocli has written none.
     """
 
     base_model: dict[str, Any] = field(default_factory=dict)
     modules: tuple[ModuleEntry, ...] = ()
+    matrices: tuple[MatrixEntry, ...] | None = None
     encodings: dict[str, Encoding] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
     totals: Totals | None = None
@@ -278,6 +281,7 @@ class Manifest:
         """The structure alone, where the cores are no longer those that were measured."""
         return replace(
             self,
+            matrices=None,
             modules=tuple(
                 replace(entry, relative_error=None, discarded_weight=None, center=None) for entry in self.modules
             ),
@@ -290,6 +294,7 @@ class Manifest:
             "base_model": self.base_model,
             "totals": asdict(self.totals) if self.totals else None,
             "modules": [self._module(entry) for entry in self.modules],
+            **({} if self.matrices is None else listed(self.matrices)),
             "encodings": {name: entry.to_dict() for name, entry in sorted(self.encodings.items())},
             "routing": self.routing,
             "history": list(self.history),
@@ -403,6 +408,7 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         manifest = Manifest(
             base_model={str(key): value and str(value) for key, value in dict(data.get("base_model") or {}).items()},
             modules=tuple(ModuleEntry.from_dict(entry) for entry in data.get("modules") or ()),
+            matrices=tuple(map(MatrixEntry.from_dict, data["matrices"])) if "matrices" in data else None,
             encodings=encodings_from(data.get("encodings") or {}),
             routing=dict(data.get("routing") or {}),
             totals=totals,

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight, select
+from mpocli.hf.matrices import select
+from mpocli.hf.targets import Weight
 from mpocli.io.manifest import MPOSpec
 from mpocli.methods.budget import Budget
 from mpocli.methods.solution import Solution

@@ -16,9 +16,10 @@ from torch import Tensor
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.layout import layouts
+from mpocli.hf.matrices import select
 from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
-from mpocli.hf.targets import Weight, select
+from mpocli.hf.targets import Weight
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory

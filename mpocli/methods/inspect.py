@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight, select
+from mpocli.hf.matrices import select
+from mpocli.hf.targets import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.manifest import MANIFEST, MPOSpec, Totals
 from mpocli.methods.merge import read_mpo

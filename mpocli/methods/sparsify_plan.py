@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight, select
+from mpocli.hf.matrices import select
+from mpocli.hf.targets import Weight
 from mpocli.methods.kept import Kept
 from mpocli.methods.sparsify_config import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.nn.masked import Layout

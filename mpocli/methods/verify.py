@@ -138,7 +138,8 @@ def _files(found: _Findings, directory: Path, manifest: Manifest) -> None:
 def _derived(found: _Findings, checkpoint: Checkpoint, manifest: Manifest) -> None:
     """The manifest made anew: all but files, provenance and measurements is told from files and class."""
     again = settled(manifest, checkpoint.survey, checkpoint.reader)
-    again = replace(again, totals=checkpoint.totals())
+    # An older mpocli wrote no `matrices`, and nothing that is not said is false.
+    again = replace(again, totals=checkpoint.totals(), matrices=manifest.matrices and again.matrices)
     claimed = read_json(checkpoint.source.directory / MANIFEST)
     found.checks += sum(leaves(value) for key, value in claimed.items() if key not in ("files", *PROVENANCE))
     for difference in differences(claimed, again.to_dict()):

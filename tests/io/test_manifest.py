@@ -20,6 +20,7 @@ from mpocli.io.manifest import (
     read_manifest,
     specs_from_config,
 )
+from mpocli.io.matrix_entry import MatrixEntry
 
 LINEAR = MPOSpec("linear", (6, 20), (2, 3), (4, 5), (1, 7, 1))
 TABLE = MPOSpec("embedding", (11, 4), (2, 3, 2), (2, 2, 1), (1, 4, 2, 1), scale=2.5)
@@ -146,3 +147,29 @@ def test_nan_never_gets_into_a_manifest() -> None:
     bad = replace(MANIFEST.modules[0], relative_error=float("nan"))
     with pytest.raises(ValueError, match="JSON"):
         replace(MANIFEST, modules=(bad,)).dumps()
+
+
+MATRICES = (
+    MatrixEntry("table", "embedding", "embedding", (11, 4), "table.weight", "bfloat16", tied=("head",)),
+    MatrixEntry("layer", "ffn", "linear", (6, 20), "layer.weight", "float32"),
+    MatrixEntry("experts.w", None, "", (12, 8), None, "float32", "fused"),
+)
+
+
+def test_the_list_of_matrices_survives_the_round_trip_and_none_is_no_empty_list(tmp_path: Path) -> None:
+    for matrices in (MATRICES, (), None):
+        manifest = replace(MANIFEST, matrices=matrices)
+        assert read_manifest(_saved(tmp_path, manifest), _config(manifest)) == manifest
+    assert "matrices" not in MANIFEST.to_dict()
+
+
+@pytest.mark.parametrize("key", ["name", "role", "kind", "shape", "key", "dtype", "reason", "tied"])
+def test_a_list_of_matrices_that_was_changed_or_is_none_is_refused(key: str, tmp_path: Path) -> None:
+    said = replace(MANIFEST, matrices=MATRICES).to_dict()
+    entry = said["matrices"][1]
+    for value in ([1, 2] if key == "shape" else "other", None, 5, {"x": 1}):
+        if value != entry[key]:
+            changed = {**said, "matrices": [said["matrices"][0], {**entry, key: value}, said["matrices"][2]]}
+            (tmp_path / "mpo.json").write_text(json.dumps(changed))
+            with pytest.raises(InputError, match=r"mpo\.json: "):
+                read_manifest(tmp_path, _config(MANIFEST))
