@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mpocli import __version__
 from mpocli.hf.card import left_behind, license_of, model_card
-from mpocli.hf.config import check_counts, load_config, read_config
-from mpocli.hf.hub import Source, resolve
+from mpocli.hf.config import check_counts, load_config
+from mpocli.hf.hub import resolve
+from mpocli.hf.metadata import Metadata, read_metadata
 from mpocli.hf.settled import settled
 from mpocli.hf.side_files import carry
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
@@ -20,7 +21,7 @@ from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.digest import file_sha256
 from mpocli.io.encoding import Encoding
-from mpocli.io.manifest import MANIFEST, Manifest, Totals, read_manifest
+from mpocli.io.manifest import MANIFEST, Manifest, Totals
 from mpocli.io.signpost import check_seal
 
 if TYPE_CHECKING:
@@ -31,25 +32,24 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model directory: its source, `config.json`, tensors, and manifest (None for a dense model)."""
+class Checkpoint(Metadata[CheckpointReader]):
+    """A model directory with its tensors' data and its model's class."""
 
-    source: Source
-    config_json: dict[str, Any]
-    reader: CheckpointReader
-    manifest: Manifest | None
     trust_remote_code: bool = False
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory or hub model. Raises `InputError` for anything that is not a usable checkpoint."""
         source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
-        config_json = read_config(source.directory)
-        manifest = read_manifest(source.directory, config_json)
-        reader = CheckpointReader(source.directory, manifest.encodings if manifest else None)
-        if manifest is not None and _rewritten(manifest, reader):
-            manifest = manifest.without_measurements()
-        return cls(source, config_json, reader, manifest, trust_remote_code)
+        found = read_metadata(source, CheckpointReader)
+        return cls(source, found.config_json, found.reader, found.manifest, trust_remote_code)
+
+    @classmethod
+    def of(cls, metadata: Metadata[Any], *, trust_remote_code: bool = False) -> Checkpoint:
+        """The same directory, that was opened without its data."""
+        manifest = metadata.manifest
+        reader = CheckpointReader(metadata.source.directory, manifest.encodings if manifest else None)
+        return cls(metadata.source, metadata.config_json, reader, manifest, trust_remote_code)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -137,22 +137,6 @@ class Checkpoint:
 def _architecture(config_json: dict[str, Any]) -> str:
     names = config_json.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else "AutoModel"
-
-
-def _rewritten(manifest: Manifest, reader: CheckpointReader) -> bool:
-    """Whether a weight file is not the one the manifest describes: a user's `save_pretrained` into the directory.
-
-    Hashes are computed only for files that changed after the manifest, which is written last.
-    """
-    claims = [(file, manifest.files[file.name]) for file in reader.files if file.name in manifest.files]
-    if not claims:
-        return bool(manifest.files)
-    written = (reader.directory / MANIFEST).stat().st_mtime
-    return any(
-        file.stat().st_size != claim["bytes"]
-        or (file.stat().st_mtime > written and file_sha256(file) != claim["sha256"])
-        for file, claim in claims
-    )
 
 
 def write_surroundings(

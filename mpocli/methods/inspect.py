@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.matrices import select
-from mpocli.hf.targets import Weight
-from mpocli.io.checkpoint import CheckpointReader
-from mpocli.io.manifest import MANIFEST, MPOSpec, Totals
-from mpocli.methods.merge import read_mpo
-from mpocli.methods.verify import verify as verify_
-from mpocli.mpo import MPO, bond_spectra, entropy_nats, site_shape
-from mpocli.sparse import bitmask_bytes
+from mpocli.hf.hub import resolve
+from mpocli.hf.matrices import M, Matrix, select
+from mpocli.hf.metadata import Metadata, read_metadata
+from mpocli.hf.recorded import recorded
+from mpocli.io.manifest import MANIFEST, Manifest, MPOSpec, Totals
+from mpocli.io.stored import StoredTensors, stored_tensors
+from mpocli.sparse.sizes import bitmask_bytes
 
 Progress = Callable[[int, int, str], None]
-# A dense tensor with fewer zeros than this part has them by chance.
-_SPARSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -91,51 +88,91 @@ def run(
     `spectrum` reads the cores of an MPO, and decomposes a dense matrix (on `sites` sites) to see what its bonds
     would carry. `count_zeros` reads the weights that are stored dense and counts theirs too, as is done without being
     asked where `sparsify --storage dense` is the history. `verify` checks hashes, counts, canonical claims, and with
-    `base` every claimed error again.
+    `base` every claimed error again. Without any of these a checkpoint whose manifest lists its matrices is shown from
+    its metadata, and torch is not imported.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
-    weights = checkpoint.survey.weights
-    chosen = list(weights)
-    if module:
-        chosen = select(weights, layers=None, targets=module, ignore=(), default_roles=(), target_option="--module")
-    history = checkpoint.manifest.history if checkpoint.manifest else ()
-    stored_dense = any(
+    source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
+    metadata = read_metadata(source, stored_tensors)
+    if not (spectrum or verify or count_zeros or _zeros_are_dense(metadata.manifest)):
+        known = recorded(metadata)
+        if known is not None:
+            zeros = _zeros_stored(metadata.reader)
+            views = [_view(weight, metadata.reader, zeros) for weight in _chosen(known.weights, module)]
+            return _report(model, metadata, known.weights, known.totals, views, zeros, started)
+
+    from mpocli.hf import quiet
+    from mpocli.hf.artifact import Checkpoint
+    from mpocli.methods import inspect_values
+    from mpocli.methods.verify import verify as verify_
+
+    with quiet.transformers():
+        checkpoint = Checkpoint.of(metadata, trust_remote_code=trust_remote_code)
+        weights, reader = checkpoint.survey.weights, checkpoint.reader
+        chosen = _chosen(weights, module)
+        zeros = _zeros_stored(reader)
+        if count_zeros or _zeros_are_dense(metadata.manifest):
+            keys = [key for weight in weights for key in _keys_of(weight) if key not in zeros]
+            zeros |= inspect_values.zeros_counted(reader, keys)
+        views = []
+        for count, weight in enumerate(chosen, 1):
+            view = _view(weight, reader, zeros)
+            is_experts = weight.entry is not None and weight.entry.spec.experts
+            if spectrum and (weight.entry or module or weight.role) and not weight.obstacle and not is_experts:
+                view = replace(view, **inspect_values.spectrum(reader, weight, sites))
+            views.append(view)
+            if progress and spectrum:
+                progress(count, len(chosen), weight.name)
+        report = _report(model, checkpoint, weights, checkpoint.totals(), views, zeros, started)
+        if verify:
+            problems, checks = verify_(checkpoint, base, progress)
+            report = replace(report, problems=problems, checks=checks, seconds=time.perf_counter() - started)
+    return report
+
+
+def _zeros_are_dense(manifest: Manifest | None) -> bool:
+    """Whether `sparsify --storage dense` is the history: its zeros are told by the values alone."""
+    return any(
         entry.get("command") == "sparsify" and (entry.get("options") or {}).get("storage") == "dense"
-        for entry in history
+        for entry in (manifest.history if manifest else ())
     )
-    zeros = _zeros_of(checkpoint.reader, weights, count=count_zeros or stored_dense)
-    views = []
-    for count, weight in enumerate(chosen, 1):
-        view = _with_sparsity(_view(weight), weight, checkpoint.reader, zeros)
-        is_experts = weight.entry is not None and weight.entry.spec.experts
-        if spectrum and (weight.entry or module or weight.role) and not weight.obstacle and not is_experts:
-            view = _with_spectrum(view, checkpoint, weight, sites)
-        views.append(view)
-        if progress and spectrum:
-            progress(count, len(chosen), weight.name)
-    problems: tuple[str, ...] | None = None
-    checks = 0
-    if verify:
-        problems, checks = verify_(checkpoint, base, progress)
-    rest = checkpoint.survey.dense_params - sum(weight.dense_params for weight in weights)
-    entries = sum(checkpoint.reader.specs[key].numel for key in zeros)
+
+
+def _chosen(weights: Sequence[M], globs: tuple[str, ...]) -> list[M]:
+    if not globs:
+        return list(weights)
+    return select(weights, layers=None, targets=globs, ignore=(), default_roles=(), target_option="--module")
+
+
+def _report(
+    model: str,
+    opened: Metadata[Any],
+    weights: Sequence[Matrix[Any]],
+    totals: Totals,
+    views: Sequence[ModuleView],
+    zeros: Mapping[str, int],
+    started: float,
+) -> InspectReport:
+    history = opened.manifest.history if opened.manifest else ()
+    entries = sum(opened.reader.specs[key].numel for key in zeros)
     return InspectReport(
         model=model,
-        totals=checkpoint.totals(),
+        totals=totals,
         modules=tuple(views),
-        rest_params=rest,
+        rest_params=totals.dense_params - sum(weight.dense_params for weight in weights),
         history=tuple(str(entry.get("command")) for entry in history),
         seconds=time.perf_counter() - started,
-        problems=problems,
-        checks=checks,
+        has_manifest=(opened.source.directory / MANIFEST).is_file(),
         sparsity=sum(zeros.values()) / entries if entries else None,
         zeros=sum(zeros.values()),
-        has_manifest=(checkpoint.source.directory / MANIFEST).is_file(),
     )
 
 
-def _view(weight: Weight) -> ModuleView:
+def _view(weight: Matrix[Any], reader: StoredTensors[Any], zeros: Mapping[str, int]) -> ModuleView:
+    return _with_sparsity(_structure(weight), weight, reader, zeros)
+
+
+def _structure(weight: Matrix[Any]) -> ModuleView:
     tied = tuple(member.name for member in weight.members[1:])
     if weight.entry is None:
         size = weight.dense_params
@@ -186,26 +223,21 @@ def _expert_params(spec: MPOSpec, dense: int) -> int:
     return (dense or spec.central_params + spec.auxiliary_params - shared) // spec.experts
 
 
-def _keys_of(weight: Weight) -> list[str]:
+def _keys_of(weight: Matrix[Any]) -> list[str]:
     """The names in the files of a matrix, or of its cores."""
     if weight.key is None:
         return []
     return [weight.key_of(core) for core in weight.entry.spec.core_shapes()] if weight.entry else [weight.key]
 
 
-def _zeros_of(reader: CheckpointReader, weights: Sequence[Weight], *, count: bool) -> dict[str, int]:
-    """Zeros of every sparse tensor: those that are stored as such, and with `count` those that are mostly so."""
-    found = {key: reader.specs[key].numel - reader.kept_values[key] for key in reader.encoded}
-    if count:
-        for key in (key for weight in weights for key in _keys_of(weight) if key not in found and key in reader):
-            tensor = reader.read(key)
-            zeros = int((tensor == 0).sum())
-            if zeros >= _SPARSE * tensor.numel():
-                found[key] = zeros
-    return found
+def _zeros_stored(reader: StoredTensors[Any]) -> dict[str, int]:
+    """Zeros of every tensor that is stored sparse."""
+    return {key: reader.specs[key].numel - reader.kept_values[key] for key in reader.encoded}
 
 
-def _with_sparsity(view: ModuleView, weight: Weight, reader: CheckpointReader, zeros: Mapping[str, int]) -> ModuleView:
+def _with_sparsity(
+    view: ModuleView, weight: Matrix[Any], reader: StoredTensors[Any], zeros: Mapping[str, int]
+) -> ModuleView:
     """What of the matrix, or of its cores, is sparse, and what that saves of the files."""
     sparse = [key for key in _keys_of(weight) if key in zeros]
     if not sparse:
@@ -218,21 +250,3 @@ def _with_sparsity(view: ModuleView, weight: Weight, reader: CheckpointReader, z
         if key in reader.encoded
     )
     return replace(view, sparsity=total / entries, zeros=total, bytes=view.bytes - saved)
-
-
-def _with_spectrum(view: ModuleView, checkpoint: Checkpoint, weight: Weight, sites: int) -> ModuleView:
-    if weight.entry is not None:
-        mpo = read_mpo(checkpoint.reader, weight)
-    else:
-        assert weight.key is not None
-        matrix = weight.oriented(checkpoint.reader.read(weight.key))
-        mpo = MPO.from_matrix(matrix, site_shape(*weight.shape, sites), name=weight.key)
-    spectra = bond_spectra(mpo)
-    return replace(
-        view,
-        out_dims=mpo.site_shape.out_dims,
-        in_dims=mpo.site_shape.in_dims,
-        bond_dims=mpo.bond_dims,
-        singular_values=tuple(tuple(values.tolist()) for values in spectra),
-        entropy_nats=tuple(entropy_nats(values) for values in spectra),
-    )

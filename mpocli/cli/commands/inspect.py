@@ -68,10 +68,9 @@ def command(
     options.check_sites(sites)
 
     from mpocli.cli import render
-    from mpocli.hf import quiet
     from mpocli.methods import inspect
 
-    with quiet.transformers(), render.progress_bar("inspect", enabled=spectrum or verify) as progress:
+    with render.progress_bar("inspect", enabled=spectrum or verify) as progress:
         report = inspect.run(
             model,
             module=tuple(module or ()),
