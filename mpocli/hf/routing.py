@@ -91,9 +91,14 @@ def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: Routi
 
 def last_of(shapes: Sequence[tuple[int, int]]) -> int | None:
     """The matrix of a feed-forward network that goes back, (D, F) after one or two (F, D): the only one of its shape,
-    or of two square ones the second. None where they make no network."""
+    or of two square ones the second; or after one (2F, D), a gate and what it gates in one. None where they make no
+    network.
+    """
     for k in range(len(shapes) - 1, -1, -1):
-        if len(shapes) in (2, 3) and all(other == shapes[k][::-1] for j, other in enumerate(shapes) if j != k):
+        others = [other for j, other in enumerate(shapes) if j != k]
+        rows, columns = shapes[k]
+        fits = all(other == (columns, rows) for other in others) or others == [(2 * columns, rows)]
+        if len(shapes) in (2, 3) and fits:
             return k
     return None
 

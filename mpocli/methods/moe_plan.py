@@ -17,8 +17,8 @@ _LAYER = re.compile(r"(.*\.\d+)\.")
 
 @dataclass(frozen=True)
 class Network:
-    """One feed-forward network: its first matrices (up, and gate where there is one), each (F, D), and its last,
-    (D, F)."""
+    """One feed-forward network: its first matrices (up, and gate where there is one), each (F, D), or both in one,
+    (2F, D), and its last, (D, F)."""
 
     layer: str
     first: tuple[Weight, ...]

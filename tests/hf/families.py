@@ -69,6 +69,7 @@ FAMILIES: dict[str, Callable[[], tf.PreTrainedModel]] = {
         )
     ),
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**LLAMA, pad_token_id=0)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**LLAMA, tie_word_embeddings=True)),
     "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**LLAMA, head_dim=12)),
     "gpt-neox": lambda: tf.GPTNeoXForCausalLM(

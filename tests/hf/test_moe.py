@@ -12,7 +12,7 @@ from families import VOCABULARY, logits, make
 from safetensors.torch import load_file
 
 import mpocli  # noqa: F401  (registers the loader)
-from mpocli.hf.routing import RoutingConfig, routers
+from mpocli.hf.routing import RoutingConfig, last_of, routers
 from mpocli.methods import expand_moe
 from mpocli.methods.expand_moe import ExpandConfig
 from mpocli.nn import MPOExperts, RouterOptions
@@ -25,6 +25,7 @@ FAMILIES = (
     "distilbert",
     "gpt2",
     "llama",
+    "phi3",  # its gate and what it gates are one matrix
     "t5",
     "bart",
     "opt",
@@ -59,6 +60,29 @@ def test_the_start_is_exact_for_every_router_and_way_of_sharing(
     dense, moe = expanded("gpt2", tmp_path, share=share, routing=routing(kind=kind, top_k=k, capacity_factor=9.0))
     expected = logits(dense)
     assert (logits(moe) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_gate_in_one_matrix_with_what_it_gates_is_chosen_for_by_each_of_several_experts(tmp_path: Path) -> None:
+    dense, moe = expanded("phi3", tmp_path, routing=routing(kind="topk", top_k=2))
+    assert (logits(moe) - logits(dense)).abs().max() <= 1e-5 * max(1.0, float(logits(dense).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "last"),
+    [
+        ([(48, 32), (32, 48)], 1),
+        ([(48, 32), (48, 32), (32, 48)], 2),
+        ([(32, 32), (32, 32)], 1),
+        ([(96, 32), (32, 48)], 1),
+        ([(32, 48), (96, 32)], 0),
+        ([(96, 32), (96, 32), (32, 48)], None),  # two first ones, and one that takes half of each
+        ([(96, 32), (96, 32)], None),
+        ([(144, 32), (32, 48)], None),
+        ([(48, 32)], None),
+    ],
+)
+def test_a_network_goes_back_by_one_matrix(shapes: list[tuple[int, int]], last: int | None) -> None:
+    assert last_of(shapes) == last
 
 
 def test_saved_again_it_is_bit_equal_and_its_core_is_stored_once(tmp_path: Path) -> None:
