@@ -22,6 +22,10 @@ _ATTENTION_LEAF = re.compile(
     r"query|key|value|q|k|v|o|[qkvo]_proj|out_proj|[qkv]_lin|out_lin|c_attn|q_attn|query_key_value|qkv|qkv_proj|wqkv|"
     r"in_proj|query_proj|key_proj|value_proj|[qkv]_head|post_proj|w[qkv]|(query|key|value)_global|receptance|(q|kv)_[ab]_proj(_with_mqa)?|pos_(key|query)_proj"
 )
+# Leaves that are attention directly below an attention module, its gates among them.
+_ATTENTION_CHILD = re.compile(
+    r"\w+_(proj|query|key|value)|(linear|to)_(q|k|v|kv|query|key|value|out|pos)|query_key|output_gate"
+)
 # Leaves that are attention beside an attention parent, feed-forward elsewhere.
 _EITHER_LEAF = re.compile(r"dense|c_proj|wo|proj|fc_out|output")
 # Leaves that are feed-forward only below such a parent.
@@ -31,7 +35,9 @@ _FFN_LEAF = re.compile(
     r"c_fc|c_fc_?\d|dense_h_to_4h|dense_4h_to_h|w[123]|up|down|gate_up|dense_in|dense_out"
 )
 _FFN_PARENT = re.compile(r"intermediate|output|mlp|ffn|feed_forward|densereludense|experts?|expert_\d+|bottleneck|ff")
-_STATE_SPACE = re.compile(r"mixer|mamba|ssm")
+_STATE_SPACE = re.compile(r"mixer|mamba|ssm|conv")
+# What a hybrid's attention has and its state space has not, where both are called the same.
+_MIXED_ATTENTION_LEAF = re.compile(r"[qkvo]_proj")
 _ROUTER_LEAF = re.compile(r"router|gate|shared_expert_gate|classifier_router")
 
 
@@ -58,13 +64,16 @@ def role_of(name: str, *, is_embedding: bool = False) -> str | None:
         return "attention"
     if in_attention and "output" in parents:
         return "attention"
+    holder = next((part for part in reversed(parents) if part != "self"), "")  # BERT's kind has attention.self.query
+    if _ATTENTION_PARENT.fullmatch(holder) and _ATTENTION_CHILD.fullmatch(leaf):
+        return "attention"
     if _FFN_LEAF.fullmatch(leaf):
         return "ffn"
     if any(_FFN_PARENT.fullmatch(part) for part in parents) and (
         _EITHER_LEAF.fullmatch(leaf) or _PLAIN_LEAF.fullmatch(leaf)
     ):
         return "ffn"
-    if any(_STATE_SPACE.fullmatch(part) for part in parents):
+    if any(_STATE_SPACE.fullmatch(part) for part in parents) and not _MIXED_ATTENTION_LEAF.fullmatch(leaf):
         return None
     if _ATTENTION_LEAF.fullmatch(leaf) and leaf not in ("q", "k", "v", "o", "in_proj"):
         return "attention"
