@@ -72,20 +72,25 @@ def _input_shapes(model: PreTrainedModel, names: Sequence[str], lengths: tuple[i
             if filled:
                 _fill(model)
             with suppress(Exception):  # whatever comes behind the last layer that was reached
-                model(**_texts(model, lengths))
+                model(**_texts(model, lengths, masked=filled))
             if len(shapes) == len(names):
                 break
     return shapes
 
 
-def _texts(model: PreTrainedModel, lengths: tuple[int, int]) -> dict[str, Any]:
+def _texts(model: PreTrainedModel, lengths: tuple[int, int], *, masked: bool) -> dict[str, Any]:
+    """Texts of zeros, with `masked` beside the mask of their tokens: a model that looks for padding takes its own
+    number for that, or has none."""
     accepted = parameter_names(model)
     device = next(model.parameters()).device
-    return {
+    texts = {
         name: torch.zeros(_ROWS, length, dtype=torch.int64, device=device)
         for name, length in zip(("input_ids", "decoder_input_ids"), lengths, strict=True)
         if name in accepted and (name == "input_ids" or model.config.is_encoder_decoder)
     }
+    if masked and "attention_mask" in accepted and "input_ids" in texts:
+        texts["attention_mask"] = torch.ones_like(texts["input_ids"])
+    return texts
 
 
 def _fill(model: PreTrainedModel) -> None:
