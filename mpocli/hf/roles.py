@@ -24,7 +24,7 @@ _ATTENTION_LEAF = re.compile(
 )
 # Leaves that are attention directly below an attention module, its gates among them.
 _ATTENTION_CHILD = re.compile(
-    r"\w+_(proj|query|key|value)|(linear|to)_(q|k|v|kv|query|key|value|out|pos)|query_key|output_gate"
+    r"\w+_(proj|query|key|value)|(linear|to)_(q|k|v|kv|query|key|value|out|pos)|query_key|output_gate|projection"
 )
 # Leaves that are attention beside an attention parent, feed-forward elsewhere.
 _EITHER_LEAF = re.compile(r"dense|c_proj|wo|proj|fc_out|output")

@@ -19,6 +19,7 @@ from mpocli.hf.roles import role_of
         ("model.layers.0.self_attn.output_gate", "attention"),  # and so does MiniMax
         ("model.layers.0.self_attention.kv_proj", "attention"),  # JetMoe
         ("encoder.layers.0.self_attn.linear_q", "attention"),  # conformers
+        ("vision_model.encoder.layers.0.self_attn.projection", "attention"),  # BLIP
         ("luke.encoder.layer.0.attention.self.w2e_query", "attention"),
         ("model.layers.0.conv.in_proj", None),  # LFM2's convolution
         ("model.layers.0.conv.out_proj", None),
