@@ -101,7 +101,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(classifier: Path) -> No
 def test_compiled_logits_are_equal(classifier: Path) -> None:
     model = load(classifier)
     expected = logits(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         assert torch.allclose(compiled(ids)[0], model(ids)[0], atol=1e-5)

@@ -13,7 +13,7 @@ from mpocli.methods.decompose_plan import DecomposeConfig
 
 MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "models"
 CLASSES = {
-    "minilm-l6": transformers.AutoModel,
+    "minilm-l6": transformers.AutoModel,  # two of its layers: the others and the table take ten seconds
     "llama-stories260k": transformers.AutoModelForCausalLM,
     "gpt2-wikitext2-mini": transformers.AutoModelForCausalLM,
     "t5-e2e-mini": transformers.AutoModelForSeq2SeqLM,
@@ -25,7 +25,8 @@ def test_lossless_logits_equal_the_dense_ones_on_text(name: str, tmp_path: Path)
     directory = MODELS / name
     if not directory.is_dir():
         pytest.skip(f"the trained model {name} is not beside this checkout")
-    decompose.run(str(directory), DecomposeConfig(), tmp_path / "mpo")
+    some = ("*layer.[01].*",) if name == "minilm-l6" else ()
+    decompose.run(str(directory), DecomposeConfig(targets=some), tmp_path / "mpo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "mpo")
     inputs = dict(tokenizer("The king of the north had a small house by the river .", return_tensors="pt"))
     if name == "t5-e2e-mini":
