@@ -98,7 +98,7 @@ def _fill(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:

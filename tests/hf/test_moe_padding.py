@@ -89,6 +89,13 @@ BARE = {
             decoder_ffn_dim=96,
         )
     ),
+    "clip": lambda: tf.CLIPModel(
+        tf.CLIPConfig(
+            text_config={**BERT, "num_hidden_layers": 1, "eos_token_id": 2},
+            vision_config={**BERT, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        )
+    ),
     "chunked": lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT, chunk_size_feed_forward=4)),
     "t5-classifier": lambda: tf.T5ForSequenceClassification(
         tf.T5Config(
@@ -231,6 +238,16 @@ def test_networks_whose_inputs_are_not_the_tokens_stay_as_they_are(family: str, 
     expected = type(dense).from_pretrained(tmp_path / "dense").eval()(**inputs).logits
     assert (model(**inputs).logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert set(tokens(model).values()) == {26}
+
+
+def test_a_model_of_texts_and_images_that_has_a_number_for_a_weight_runs(tmp_path: Path) -> None:
+    dense, model, report = expanded("clip", tmp_path, noise=0.0)
+    assert dense.logit_scale.shape == () and report.networks == 2
+    ids, mask = texts(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 8, 8)}
+    expected = dense(**inputs).logits_per_text.detach()
+    assert (model(**inputs).logits_per_text - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_networks_that_get_pieces_of_a_text_are_refused(tmp_path: Path) -> None:
