@@ -29,12 +29,17 @@ _ATTENTION_CHILD = re.compile(
 # Leaves that are attention beside an attention parent, feed-forward elsewhere.
 _EITHER_LEAF = re.compile(r"dense|c_proj|wo|proj|fc_out|output")
 # Leaves that are feed-forward only below such a parent.
-_PLAIN_LEAF = re.compile(r"\d+|(linear|layer)_?\d|key|value|receptance")
+_PLAIN_LEAF = re.compile(
+    r"\d+|(linear|layer|dense|ffw_layer|linear_fc)_?\d|key|value|receptance|linear_(in|out)|proj_(in|out)|"
+    r"(input|output)_linear|(intermediate|output)_dense|w_out"
+)
 _FFN_LEAF = re.compile(
     r"intermediate|ffn|ffn_output|lin[12]|w[io]|wi_[01]|up_proj|gate_proj|down_proj|gate_up_proj|fc[12]|fc_in|fc_out|"
     r"c_fc|c_fc_?\d|dense_h_to_4h|dense_4h_to_h|w[123]|up|down|gate_up|dense_in|dense_out"
 )
-_FFN_PARENT = re.compile(r"intermediate|output|mlp|ffn|feed_forward|densereludense|experts?|expert_\d+|bottleneck|ff")
+_FFN_PARENT = re.compile(
+    r"intermediate|output|mlp|shared_mlp|ffn?\d?|feed_forward|densereludense|experts?|expert_\d+|bottleneck"
+)
 _STATE_SPACE = re.compile(r"mixer|mamba|ssm|conv")
 # What a hybrid's attention has and its state space has not, where both are called the same.
 _MIXED_ATTENTION_LEAF = re.compile(r"[qkvo]_proj")

@@ -21,6 +21,13 @@ from mpocli.hf.roles import role_of
         ("encoder.layers.0.self_attn.linear_q", "attention"),  # conformers
         ("vision_model.encoder.layers.0.self_attn.projection", "attention"),  # BLIP
         ("luke.encoder.layer.0.attention.self.w2e_query", "attention"),
+        ("wav2vec2.encoder.layers.0.feed_forward.intermediate_dense", "ffn"),
+        ("wav2vec2.encoder.layers.0.feed_forward.output_dense", "ffn"),
+        ("encoder.layers.0.ffn2.output_dense", "ffn"),  # conformers have two
+        ("model.layers.0.shared_mlp.input_linear", "ffn"),  # Granite's
+        ("model.visual.blocks.0.mlp.linear_fc2", "ffn"),
+        ("model.language_model.layers.0.mlp.ffw_layer_1", "ffn"),
+        ("proj_out", None),
         ("model.layers.0.conv.in_proj", None),  # LFM2's convolution
         ("model.layers.0.conv.out_proj", None),
         ("backbone.layers.0.mixer.out_proj", None),  # Mamba's state space
