@@ -127,7 +127,7 @@ def spectrogram(model: Any, draw: torch.Generator) -> Inputs:
 
 
 def _row(cls: str, feed: Feed = text, **odd: Any) -> Row:
-    return Row(cls, odd, feed, feed is text)
+    return Row(cls, odd, feed, feed in (text, image_and_text, image_in_text))
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -178,6 +178,7 @@ DECODERS: dict[str, Row] = {
     "gpt-oss": _row("GptOssForCausalLM"),
     "gptj": _row("GPTJForCausalLM", rotary_dim=4),
     "granite": _row("GraniteForCausalLM"),
+    "granite-moe-shared": _row("GraniteMoeSharedForCausalLM"),
     "granite-moe": _row("GraniteMoeForCausalLM"),
     "helium": _row("HeliumForCausalLM"),
     "jetmoe": _row("JetMoeForCausalLM", kv_channels=HEAD),
