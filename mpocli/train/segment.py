@@ -131,13 +131,14 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         self.distillation = distillation
         self.running = _RunningLoss(self)
         lengths = [len(feature["input_ids"]) for feature in features]
-        super().__init__(
-            model=model,
-            args=_arguments(optimisation, steps, directory, device, place, checkpoints=checkpoints),
-            train_dataset=list(features),
-            data_collator=collator,
-            callbacks=[*callbacks, self.running],
-        )
+        with _use_cache_as_before(model.config):
+            super().__init__(
+                model=model,
+                args=_arguments(optimisation, steps, directory, device, place, checkpoints=checkpoints),
+                train_dataset=list(features),
+                data_collator=collator,
+                callbacks=[*callbacks, self.running],
+            )
         together = optimisation.batch_size * optimisation.accumulation * self.args.world_size
         grouped = together if optimisation.group_by_length else None
         self.sampler: Sampler[int] = ByLength(lengths, grouped, optimisation.seed)
@@ -492,7 +493,8 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
     """
     had_forward = "forward" in trainer.model.__dict__
     try:
-        with trainer.interrupt.catching():
+        with trainer.interrupt.catching(), _use_cache_as_before(trainer.model.config):
+            trainer.model.config.use_cache = False
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except NumericsError as error:
         directory = Path(str(trainer.args.output_dir))
@@ -509,6 +511,18 @@ def train_segment(trainer: SegmentTrainer, resume: Path | None = None) -> None:
         if not had_forward:  # accelerate's mixed precision: the next segment would wrap it once more
             trainer.model.__dict__.pop("forward", None)
             trainer.model.__dict__.pop("_original_forward", None)
+
+
+@contextmanager
+def _use_cache_as_before(config: Any) -> Iterator[None]:
+    """Training keeps no keys and values of past tokens, and Trainer writes that into the configuration for good: the
+    output would generate slowly, but for one that was resumed after its last step."""
+    before = {name: value for name, value in vars(config).items() if name == "use_cache"}
+    try:
+        yield
+    finally:
+        vars(config).pop("use_cache", None)
+        vars(config).update(before)
 
 
 def _unwritable(trainer: SegmentTrainer, error: Exception) -> InputError:

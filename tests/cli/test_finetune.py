@@ -412,6 +412,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(model: str, 
     assert tree(work / "one")[WEIGHTS] != tree(work / "three")[WEIGHTS]
 
 
+def test_a_trained_model_generates_with_the_cache_it_had(cli: Cli, lab: Path, work: Path) -> None:
+    """Trainer turns it off in the configuration, which is what is written."""
+    data = ["--task", "lm", "--train", lab / "train.txt", "--max-length", 32, "--steps", 1, "-o", "out"]
+    succeeded(cli("finetune", lab / "gpt2", *data))
+    configs = [json.loads((place / "config.json").read_text()) for place in (lab / "gpt2", work / "out")]
+    assert configs[1].get("use_cache") == configs[0].get("use_cache") is not False
+
+
 def test_seeds_are_directories_with_mean_and_spread(train: Train, work: Path) -> None:
     report = train("mpo", "out", "--seeds", "1,2", "--steps", 4)
     assert sorted(path.name for path in (work / "out").iterdir()) == ["seed-1", "seed-2"]
