@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpocli.io.manifest import MANIFEST, Manifest
+from mpocli.io.readable import is_file
 from mpocli.printable import printable
 
 # What the hub and YAML read as one plain word: a model's id, a licence's.
@@ -21,9 +22,11 @@ def license_of(card: Path) -> dict[str, list[str]]:
     """What the source's model card says of its licence in the front matter, key by key: the weights stay under it."""
     from huggingface_hub.repocard import metadata_load
 
+    if not is_file(card):  # a pipe would be waited for
+        return {}
     try:
         front = metadata_load(card) or {}
-    except Exception:  # no card, or one whose front matter is anything but what the hub expects
+    except Exception:  # one whose front matter is anything but what the hub expects
         return {}
     found = {key: front[key] if isinstance(front.get(key), list) else [front.get(key)] for key in _LICENSE}
     texts = {key: [value for value in values if value and isinstance(value, str)] for key, values in found.items()}

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mpocli.io.readable import is_file
+
 # Written beside the weights by mpocli, and not all of them in the manifest.
 OWN_FILES = frozenset({"config.json", "mpo.json", "README.md", "metrics.jsonl", "squeeze.jsonl"})
 _AFTER_THE_MANIFEST = frozenset({"mpo.json", "metrics.jsonl", "squeeze.jsonl"})
@@ -49,6 +51,8 @@ def _is_standard(name: str) -> bool:
 
 
 def _listed(directory: Path) -> frozenset[str]:
+    if not is_file(directory / "mpo.json"):
+        return OWN_FILES
     try:
         files = json.loads((directory / "mpo.json").read_text(encoding="utf-8"))["files"]
         return OWN_FILES | frozenset(files)

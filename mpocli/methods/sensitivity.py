@@ -14,6 +14,7 @@ from mpocli.errors import InputError
 from mpocli.hf.calibration import Batch, evaluating
 from mpocli.hf.targets import Weight
 from mpocli.io.files import OutputFile
+from mpocli.io.readable import is_there, why_unreadable
 from mpocli.methods.divergence import Kept, divergence, is_layer, replaced
 from mpocli.methods.solution import Workshop
 
@@ -69,8 +70,11 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def _read(path: Path, identity: dict[str, Any]) -> dict[str, float]:
-    if not path.exists():
+    if not is_there(path):
         return {}
+    why = why_unreadable(path)  # a pipe would be waited for
+    if why:
+        raise InputError(f"--sensitivity {path}: {why}", hint="name another file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         belongs, known = dict(data["of"]), {str(k): float(v) for k, v in data["measured_over_predicted"].items()}

@@ -294,6 +294,14 @@ def test_overwrite_does_not_delete_what_is_no_models_and_says_what_that_is(
         assert tree(work) == before
 
 
+def test_a_pipe_in_the_manifests_place_is_not_waited_for(cli: Cli, mpo: Path, work: Path) -> None:
+    succeeded(cli("merge", mpo, "-o", "out"))
+    (work / "out" / "mpo.json").unlink()
+    os.mkfifo(work / "out" / "mpo.json")
+    succeeded(cli("merge", mpo, "-o", "out", "--overwrite"))
+    assert (work / "out" / "mpo.json").is_file()
+
+
 def test_an_empty_directory_needs_no_overwrite_and_a_missing_parent_is_made(cli: Cli, bert: Path, work: Path) -> None:
     (work / "empty").mkdir()
     succeeded(cli("decompose", bert, "--trunc", 8, "-o", "empty"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,12 @@ def test_options_that_this_calibration_does_not_read_are_refused(
 def test_a_folder_that_measured_losses_cannot_go_to_is_noticed_first(cli: Cli, deep: Path, lab: Path) -> None:
     options = ["--ratio", 0.5, "--sensitivity", "nowhere/s.json", *text(lab)]
     refused(cli("plan", deep / "bert", *options), 3, "--sensitivity nowhere/s.json", "folder")
+
+
+def test_measured_losses_are_not_waited_for_at_a_pipe(cli: Cli, deep: Path, lab: Path, work: Path) -> None:
+    os.mkfifo(work / "s.json")
+    options = ["--ratio", 0.5, "--sensitivity", "s.json", *text(lab)]
+    refused(cli("plan", deep / "bert", *options), 3, "--sensitivity s.json", "is a pipe")
 
 
 def test_a_plan_without_a_budget_says_what_one_is(cli: Cli, deep: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,5 @@ def test_the_licence_of_the_source_is_kept_as_it_is_written_there(
     found, _ = _card(tmp_path / "card.md", {}, license=license_of(source))
     assert found == {"library_name": "transformers", **(metadata_load(source) if expected is None else expected)}
     assert license_of(tmp_path / "absent.md") == {}
+    os.mkfifo(tmp_path / "pipe.md")
+    assert license_of(tmp_path / "pipe.md") == {}
