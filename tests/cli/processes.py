@@ -21,11 +21,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 
+WRITE = "a change of the file system"
+
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run signals itself: right before the `number`-th audit event of this name with an argument that the
-    pattern is found in, or `delay` seconds of processor time after it. No load of the machine can move it."""
+    """When a run signals itself: right before the `number`-th audit event of this name (`WRITE`: of those that change
+    the file system) with an argument that the pattern is found in, or `delay` seconds of processor time after it. No
+    load of the machine can move it."""
 
     event: str
     pattern: str
@@ -36,12 +39,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that is over. `code` is negative for the signal that ended it, `cpu` its processor time in seconds."""
+    """A run that is over. `code` is negative for the signal that ended it, `cpu` its processor time in seconds,
+    `writes` each change of the file system that it was about to make, as event and paths, if it was watched."""
 
     code: int
     cpu: float
     out: str
     err: str
+    writes: tuple[tuple[str, ...], ...] = ()
 
 
 class Server:
@@ -79,10 +84,11 @@ class Server:
         out: Literal["file", "closed pipe", "full device"] = "file",
         ranks: int = 0,
         before: str = "",
+        watch: bool = False,
     ) -> Ended:
         """`mpocli arguments…`. `limit`: no file may grow beyond so many bytes (EFBIG, much like a full disk).
         `out`: what stdout is; a closed pipe is `| head` after it has left. `ranks`: under torchrun, as so many
-        processes. `before`: statements that each process executes first."""
+        processes. `before`: statements that each process executes first. `watch`: note the changes that it makes."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "arguments": [str(argument) for argument in arguments],
@@ -93,10 +99,59 @@ class Server:
             "out": out,
             "ranks": ranks,
             "before": before,
+            "watch": watch,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         code, cpu = json.loads(self._process.stdout.readline())
-        return Ended(code, cpu, Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text())
+        out_text, err_text = (Path(f"{log}.{name}").read_text(errors="replace") for name in ("out", "err"))
+        noted = Path(f"{log}.writes").read_text().splitlines() if watch else []
+        return Ended(code, cpu, out_text, err_text, tuple(tuple(json.loads(line)) for line in noted))
+
+
+# Where in the arguments of such an audit event the paths are, and in which place of those a directory's descriptor.
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((1, 3),),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
+}
+
+
+def _changes(name: str, arguments: tuple[Any, ...]) -> list[str]:
+    """The absolute paths that an audit event is about to change: none, if it only reads."""
+    if name == "open":
+        path, _, flags = arguments
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        return [_whole(path)] if writes and not isinstance(path, int) else []
+    return [
+        _whole(arguments[place], -1 if descriptor is None else arguments[descriptor])
+        for place, descriptor in _CHANGES.get(name, ())
+    ]
+
+
+def _whole(path: str | bytes | int | os.PathLike[str], descriptor: int = -1) -> str:
+    """An absolute path, its links as they are; `descriptor` is of the directory it is relative to."""
+    if isinstance(path, int):
+        return str(Path(f"/proc/self/fd/{path}").readlink())
+    base = Path(f"/proc/self/fd/{descriptor}").readlink() if descriptor != -1 else Path.cwd()
+    return os.path.normpath(base / os.fsdecode(path))
+
+
+def _watch(log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        paths = _changes(name, arguments)
+        if paths:
+            os.write(file, f"{json.dumps([name, *paths])}\n".encode())
+
+    sys.addaudithook(hook)
 
 
 def _arm(moment: Moment) -> None:
@@ -107,7 +162,8 @@ def _arm(moment: Moment) -> None:
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if name == moment.event and any(re.search(moment.pattern, str(argument)) for argument in arguments):
+        meant = _changes(name, arguments) if moment.event == WRITE else name == moment.event
+        if meant and any(re.search(moment.pattern, str(argument)) for argument in arguments):
             left -= 1
             if left == 0 and moment.delay:
                 signal.signal(signal.SIGVTALRM, fire)
@@ -185,6 +241,8 @@ def _serve() -> None:
             if request["limit"]:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
+            if request["watch"]:
+                _watch(f"{request['log']}.writes")
             if request["moment"]:
                 _arm(Moment(**request["moment"]))
             exec(request["before"], {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import signal
 import xml.etree.ElementTree as ET
@@ -443,48 +442,6 @@ def test_half_precision_is_measured_in_every_round_as_it_is_stored(
 
 
 # --- killed and resumed -----------------------------------------------------------------------------------------------
-
-
-def test_killed_in_a_random_round_and_resumed_is_the_uninterrupted_run(
-    lab: Path, tuned: Path, trainer: Server, work: Path, tmp_path: Path
-) -> None:
-    """Between rounds, in the middle of one, and while a round is being written; bytes of the whole output."""
-    options = [
-        "--max-drop",
-        1,
-        "--rounds",
-        6,
-        "--finetune-steps",
-        3,
-        "--step",
-        "20%",
-        "--order",
-        "cumulative",
-        "--per-param",
-        "-o",
-    ]
-    arguments = ["squeeze", tuned, *sst2(lab, *options)]
-    whole = trainer.run(*arguments, "whole", cwd=work, log=tmp_path / "log")
-    assert whole.code == 0, whole.err
-    wanted = json.loads(whole.out)
-    draw = random.Random(2021)
-    moments = {
-        "written": Moment("open", r"squeeze\.jsonl\.partial", number=draw.randint(1, 5)),
-        "within": Moment("open", r"squeeze\.jsonl\.partial", number=draw.randint(1, 5), delay=0.05),
-        "writing": Moment("open", rf"state-{draw.randint(2, 6)}\.partial/record\.json"),
-        "first": Moment("open", r"state-1\.partial/record\.json"),
-    }
-    for name, moment in moments.items():
-        killed = trainer.run(*arguments, name, cwd=work, log=tmp_path / "log", moment=moment)
-        assert killed.code == -9 and not (work / name).exists()
-        ended = trainer.run(*arguments, name, "--resume", cwd=work, log=tmp_path / "log")
-        assert ended.code == 0, ended.err
-        found = json.loads(ended.out)
-        assert found["resumed_from"] == (0 if name == "first" else found["resumed_from"]) < 6
-        for key in ("rounds", "metrics", "metrics_before", "kept_round", "totals", "reference"):
-            assert found[key] == wanted[key], key
-        assert tree(work / name) == tree(work / "whole")
-    assert not list(work.glob("*.training"))
 
 
 def test_ctrl_c_in_the_middle_of_a_short_round_costs_no_step(
