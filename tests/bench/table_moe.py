@@ -4,9 +4,9 @@
     python tests/bench/table_moe.py wikitext2 --data $data --model $models/gpt2-wikitext2-mini --work DIR
     python tests/bench/table_moe.py e2e --data $data --model $models/t5-e2e-mini --work DIR
 
-Every arm goes on training the same model for the same tokens. Its learning rate is the best of three after a fifth of
-the steps of the first seed, by the first eighth of the development data; both seeds then take all steps at that rate,
-and are tested once, on all test data.
+Every arm goes on training the same model for the same tokens. Its learning rate is the best of some after a fifth of
+the steps of the first seed, by perplexity or loss a target token on an eighth of the development data; both seeds
+then take all steps at that rate, and are tested once, on all test data.
 Results are kept in DIR, so that a run that was stopped goes on.
 """
 
@@ -32,7 +32,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": "train.txt",
         "eval": "valid.txt",
         "test": "test.txt",
+        "rates": (3e-5, 1e-4, 3e-4),
         "metric": "perplexity",
+        "tuned": "perplexity",
         "arms": ("dense", "dense experts", "MPOE", "MPOE, no mask"),
     },
     "e2e": {
@@ -41,11 +43,12 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": "trainset.csv",
         "eval": "devset.csv",
         "test": "testset_w_refs.csv",
+        "rates": (1e-5, 3e-5, 1e-4, 3e-4),
         "metric": "bleu",
+        "tuned": "loss",
         "arms": ("dense", "dense experts", "MPOE"),
     },
 }
-RATES = (3e-5, 1e-4, 3e-4)
 SEEDS = (1, 2)
 EXPERTS = 8
 START: dict[str, tuple[str, ...]] = {
@@ -89,24 +92,24 @@ class Table:
             *("-o", self.work / name, "--overwrite"),
             threads=self.options.threads,
         )
-        if self.options.task == "e2e" and not tune:
-            report["test_metrics"]["loss"] = e2e_loss(self.work / name, self.options.model, self.data / task["test"])
+        if self.options.task == "e2e":
+            where, file = ("metrics", self.development) if tune else ("test_metrics", self.data / task["test"])
+            report[where]["loss"] = e2e_loss(self.work / name, self.options.model, file)
         report["minutes"] = (time.time() - began) / 60
         record.write_text(json.dumps(report))
         print(f"{time.strftime('%H:%M:%S')} {name}: {report['metrics']} {report.get('test_metrics')}", flush=True)
         return report
 
     def measure(self) -> None:
-        metric, arms = self.task["metric"], self.task["arms"]
-        sign = -1 if metric == "perplexity" else 1
+        metric, arms, rates, by = (self.task[key] for key in ("metric", "arms", "rates", "tuned"))
         with ThreadPoolExecutor(self.options.parallel) as pool:
             for arm in arms:  # one after the other, before runs share them
                 self.start(arm, SEEDS[0])
             jobs = {
-                (arm, rate): pool.submit(self.run, arm, rate, SEEDS[0], tune=True) for rate in RATES for arm in arms
+                (arm, rate): pool.submit(self.run, arm, rate, SEEDS[0], tune=True) for rate in rates for arm in arms
             }
             tuned = {key: job.result() for key, job in jobs.items()}
-            best = {arm: max(RATES, key=lambda rate: sign * tuned[arm, rate]["metrics"][metric]) for arm in arms}
+            best = {arm: min(rates, key=lambda rate: tuned[arm, rate]["metrics"][by]) for arm in arms}
             whole = {(arm, seed): pool.submit(self.run, arm, best[arm], seed) for seed in SEEDS for arm in arms}
             runs = {arm: [whole[arm, seed].result() for seed in SEEDS] for arm in arms}
         before = runs["dense"][0]["metrics_before"][metric]
@@ -127,7 +130,7 @@ class Table:
                 f"{totals['params']:,} | {totals['bytes'] / 1e6:.1f} MB | {seconds / plain:.2f}× |"
             )
         for (arm, rate), report in tuned.items():
-            print(f"tuning, {arm}, rate {rate:g}: {report['metrics'][metric]:.4f}")
+            print(f"tuning, {arm}, rate {rate:g}: {by} {report['metrics'][by]:.4f}, {report['metrics']}")
         minutes = sum(json.loads(file.read_text())["minutes"] for file in self.work.glob("*.json"))
         print(
             f"\n{' '.join(map(str, self.task['how']))}, {self.task['steps']} steps, {self.options.precision}, "
