@@ -20,11 +20,11 @@ from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods import overparam
 from mpocli.methods.overparam import Overparam, OverparamReport
-from mpocli.methods.run_directory import begin, reports_beside, run_directory, training_directory
-from mpocli.methods.student import check_finite, count_trainable, learning_schedule, load_student, roles_of
-from mpocli.methods.student_experts import RoutingChanges, apply_routing, gradient_mask, router_report, traits
 from mpocli.methods.task_data import DataOptions, TaskData, evaluate, prepare
-from mpocli.methods.teacher import distillation_of
+from mpocli.methods.training.directory import begin, reports_beside, run_directory, training_directory
+from mpocli.methods.training.routing import RoutingChanges, apply_routing, gradient_mask, router_report, traits
+from mpocli.methods.training.student import check_finite, count_trainable, learning_schedule, load_student, roles_of
+from mpocli.methods.training.teacher import distillation_of
 from mpocli.modes import OF_CORES, OF_CORES_ALONE, check_model
 from mpocli.train.best import KeepBest
 from mpocli.train.processes import on_first, set_seed

@@ -18,9 +18,9 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.expand import expand, overparam_shape, svd_shape
 from mpocli.hf.replace import dense_shape, remove
-from mpocli.methods.segment_state import drop_states, last_state, load_state, save_state
-from mpocli.methods.student import count_trainable, has_head, load_student, roles_of
 from mpocli.methods.task_data import TaskData
+from mpocli.methods.training.state import drop_states, last_state, load_state, save_state
+from mpocli.methods.training.student import count_trainable, has_head, load_student, roles_of
 from mpocli.mpo import MPO, SiteShape
 from mpocli.nn.logits import rows_at_once
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses

@@ -18,13 +18,13 @@ from mpocli.methods import sparsify_train
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
-from mpocli.methods.run_directory import begin
 from mpocli.methods.sparsify_calibrated import prune_by_activations
 from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_options
 from mpocli.methods.sparsify_plan import plan
 from mpocli.methods.sparsify_write import SparseTensor, add_metrics, given_pruner, magnitude_pruner, write_sparse
-from mpocli.methods.student import load_student
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare
+from mpocli.methods.training.directory import begin
+from mpocli.methods.training.student import load_student
 
 Progress = Callable[[int, int, str], None]
 

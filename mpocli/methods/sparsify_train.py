@@ -20,13 +20,13 @@ from mpocli.io.claim import discard
 from mpocli.io.encoding import Encoding
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
-from mpocli.methods.run_directory import Begun, reports_beside, run_directory
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.methods.sparsify_write import SparseTensor, described
-from mpocli.methods.student import check_finite, learning_schedule, load_student
 from mpocli.methods.task_data import evaluate, prepare
-from mpocli.methods.teacher import distillation_of
+from mpocli.methods.training.directory import Begun, reports_beside, run_directory
+from mpocli.methods.training.student import check_finite, learning_schedule, load_student
+from mpocli.methods.training.teacher import distillation_of
 from mpocli.nn import MPOModule
 from mpocli.nn.masked import MaskedWeight
 from mpocli.train.processes import on_first, set_seed

@@ -15,13 +15,13 @@ from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard, writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
-from mpocli.methods.run_directory import begin, reports_beside, run_directory
-from mpocli.methods.segment_state import last_state
 from mpocli.methods.squeeze_config import SqueezeConfig, check_options, target_params
 from mpocli.methods.squeeze_rounds import Squeezer, Watch
 from mpocli.methods.squeeze_state import RECORDS, RoundRecord, load_round, write_records
-from mpocli.methods.student import check_finite, count_trainable, load_student
 from mpocli.methods.task_data import TaskData, check_trained_head, evaluate, prepare
+from mpocli.methods.training.directory import begin, reports_beside, run_directory
+from mpocli.methods.training.state import last_state
+from mpocli.methods.training.student import check_finite, count_trainable, load_student
 from mpocli.train.processes import set_seed
 from mpocli.train.updates import set_recompute, set_update
 

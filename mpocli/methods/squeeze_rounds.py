@@ -22,8 +22,8 @@ from mpocli.io.manifest import Totals
 from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze_config import SqueezeConfig
 from mpocli.methods.squeeze_state import Cut, Progressed, RoundRecord, save_round
-from mpocli.methods.student import roles_of
 from mpocli.methods.task_data import TaskData, evaluate
+from mpocli.methods.training.student import roles_of
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
 from mpocli.train.importance import mean_loss

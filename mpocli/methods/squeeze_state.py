@@ -12,7 +12,7 @@ import torch
 
 from mpocli.errors import InputError
 from mpocli.hf.shrink import mpo_modules, set_mpo
-from mpocli.methods.segment_state import drop_states, load_state, save_state
+from mpocli.methods.training.state import drop_states, load_state, save_state
 from mpocli.mpo import MPO
 from mpocli.train.moments import Moments
 

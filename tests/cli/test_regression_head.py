@@ -9,8 +9,8 @@ import torch
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import finetune
-from mpocli.methods.student import load_student
 from mpocli.methods.task_data import DataOptions, prepare
+from mpocli.methods.training.student import load_student
 from mpocli.train.segment import Optimisation
 
 

@@ -15,7 +15,7 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.expand import expand, overparam_shape, svd_shape
 from mpocli.hf.replace import remove
 from mpocli.methods.overparam import candidates
-from mpocli.methods.student import roles_of
+from mpocli.methods.training.student import roles_of
 from mpocli.nn import MPOModule
 
 CHOSEN = ["bert-classifier", "roberta-classifier", "albert", "t5", "t5-gated-untied", "bart", "gpt2", "llama"]

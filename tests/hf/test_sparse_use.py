@@ -21,7 +21,7 @@ from torch import Tensor
 import mpocli
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import sparsify
-from mpocli.methods.student import load_student
+from mpocli.methods.training.student import load_student
 
 
 def test_a_resized_vocabulary_and_removed_layers_are_saved_as_they_are(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def command(
     from mpocli.hf import quiet
     from mpocli.methods import finetune
     from mpocli.methods.overparam import Overparam
-    from mpocli.methods.student_experts import RoutingChanges
+    from mpocli.methods.training.routing import RoutingChanges
 
     config = finetune.FinetuneConfig(
         data=data,
@@ -288,7 +288,7 @@ def command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    from mpocli.methods.run_directory import training_directory
+    from mpocli.methods.training.directory import training_directory
 
     destination = out or options.default_out(model, "finetuned")
     try:

@@ -321,7 +321,7 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     check_options(config)
-    from mpocli.methods.run_directory import training_directory
+    from mpocli.methods.training.directory import training_directory
 
     destination = out or options.default_out(model, "sparse")
     if not resume:

@@ -261,7 +261,7 @@ def command(
     )
     from mpocli.io.apart import check_apart
     from mpocli.methods.inputs import paths_read
-    from mpocli.methods.run_directory import training_directory
+    from mpocli.methods.training.directory import training_directory
 
     destination = out or options.default_out(model, "squeezed")
     if plot is not None:

@@ -21,7 +21,7 @@ from mpocli.io.output import check_output
 from mpocli.io.readable import real_path
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
-from mpocli.methods.segment_state import worth_resuming
+from mpocli.methods.training.state import worth_resuming
 from mpocli.train.processes import processes
 from mpocli.train.segment import check_report_to
 

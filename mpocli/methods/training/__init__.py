@@ -1,0 +1,1 @@
+"""One training run under every command that trains, a question a file."""
