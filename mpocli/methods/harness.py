@@ -13,6 +13,7 @@ from typing import Any
 from mpocli.errors import InputError, MpoError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.manifest import Totals
+from mpocli.methods.device import device_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _measured(model: str, options: HarnessOptions, revision: str | None) -> Mapp
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 batch_size=options.batch_size,
-                device=None if options.device == "auto" else options.device,
+                device=str(device_of(options.device)),
                 log_samples=False,
             )
     except MpoError:

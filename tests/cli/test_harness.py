@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from cli.shell import Cli, refused, succeeded
 
@@ -53,6 +54,7 @@ def test_json_baseline_and_the_harness_s_own_options_are_honoured(
     assert "the harness talks" in done.err
     assert [call["model_args"]["pretrained"] for call in calls] == [str(bert_mpo), str(bert)]
     for call in calls:
+        assert call["device"] == ("cuda" if torch.cuda.is_available() else "cpu")  # lm_eval takes none for cuda
         assert (call["batch_size"], call["limit"], call["num_fewshot"], call["tasks"]) == (4, 3, 2, ["a", "b"])
         assert (call["model_args"]["max_length"], call["model_args"]["dtype"]) == (24, "float32")
 
