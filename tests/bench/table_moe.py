@@ -43,7 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": "trainset.csv",
         "eval": "devset.csv",
         "test": "testset_w_refs.csv",
-        "rates": (1e-5, 3e-5, 1e-4, 3e-4),
+        "rates": (3e-6, 1e-5, 3e-5, 1e-4),
         "metric": "bleu",
         "tuned": "loss",
         "arms": ("dense", "dense experts", "MPOE"),
