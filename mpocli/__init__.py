@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpocli.errors import InputError, MpoError, NumericsError, TargetNotMetError, UsageError
+    from mpocli.hf.packing import release_zeros
     from mpocli.hf.plugin import MPOConfig
-    from mpocli.hf.sparse import release_zeros
     from mpocli.mpo import MPO, SiteShape, Truncation
     from mpocli.nn import MPOEmbedding, MPOLinear
 
@@ -31,7 +31,7 @@ _PUBLIC = {
     "MPOLinear": "mpocli.nn",
     "MPOEmbedding": "mpocli.nn",
     "MPOConfig": "mpocli.hf.plugin",
-    "release_zeros": "mpocli.hf.sparse",
+    "release_zeros": "mpocli.hf.packing",
     "MpoError": "mpocli.errors",
     "UsageError": "mpocli.errors",
     "InputError": "mpocli.errors",

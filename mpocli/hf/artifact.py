@@ -20,7 +20,7 @@ from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
 from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.digest import file_sha256
-from mpocli.io.encoding import Encoding
+from mpocli.io.encodings.base import Encoding
 from mpocli.io.manifest import MANIFEST, Manifest, Totals
 from mpocli.io.signpost import check_seal
 
@@ -87,7 +87,7 @@ class Checkpoint(Metadata[CheckpointReader]):
 
     @property
     def encodings(self) -> dict[str, Encoding]:
-        """Of the tensors that are stored as a bitmask."""
+        """Of the tensors that the files do not hold as they are."""
         return self.manifest.encodings if self.manifest else {}
 
     def totals(self, params: int | None = None, size: int | None = None, dtype: str | None = None) -> Totals:

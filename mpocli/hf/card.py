@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def model_card(
     said = []
     if manifest.modules:
         said.append(f"{len(manifest.modules)} modules hold their weight as a chain of small tensors.")
-    if manifest.encodings:
-        said.append(f"{len(manifest.encodings)} tensors are stored as a bitmask and the values it keeps.")
+    for account, count in Counter(encoding.account for encoding in manifest.encodings.values()).items():
+        said.append(f"{count} tensors are stored as {account}.")
     if said:
         lines += [
             f"{' '.join(said)} {MANIFEST} has every shape. Load it with",

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from mpocli.hf.config import read_config
 from mpocli.hf.hub import Source
 from mpocli.io.digest import file_sha256
-from mpocli.io.encoding import Encodings
+from mpocli.io.encodings.known import Encodings
 from mpocli.io.manifest import MANIFEST, Manifest, read_manifest
 from mpocli.io.stored import StoredTensors
 

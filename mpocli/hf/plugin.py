@@ -15,20 +15,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpocli.errors import InputError
-from mpocli.hf.overrides import initialised, override, restore
-from mpocli.hf.renaming import keep_parts_together, loading_parts
-from mpocli.hf.replace import install, local_name, remove
-from mpocli.hf.routing import RoutingConfig, connect
-from mpocli.hf.sparse import (
+from mpocli.hf.encoded import (
     packed_state,
     postpone_ties,
     reserve,
-    sparse_parameters,
     stored_encodings,
     unpack,
     with_saved_keys,
 )
-from mpocli.io.encoding import encodings_from
+from mpocli.hf.overrides import initialised, override, restore
+from mpocli.hf.renaming import keep_parts_together, loading_parts
+from mpocli.hf.replace import install, local_name, remove
+from mpocli.hf.routing import RoutingConfig, connect
+from mpocli.hf.sparse import keep_zeros, sparse_parameters
+from mpocli.io.encodings.known import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
 from mpocli.io.readable import why_unreadable
 from mpocli.io.signpost import SIGNPOST, check_seal, signpost
@@ -48,7 +48,7 @@ class _Patterns(set[str]):
 
 @register_quantization_config(QUANT_METHOD)
 class MPOConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a checkpoint: the structure of every decomposed module, and of every sparse tensor."""
+    """`quantization_config` of a checkpoint: the structure of every decomposed module, and of every encoded tensor."""
 
     def __init__(
         self,
@@ -133,7 +133,10 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         initialised(model)
-        unpack(model, encodings_from(self.quantization_config.encodings), self.followers)
+        encodings = encodings_from(self.quantization_config.encodings)
+        unpack(model, encodings, self.followers)
+        if any(encoding.holds_zeros for encoding in encodings.values()):
+            keep_zeros(model)
         _check_experts(model)
         for name, module in model.named_modules():
             if not isinstance(module, MPOModule):
@@ -160,7 +163,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict to save: shared cores once, sparse tensors packed, and the signpost."""
+        """The state dict to save: shared cores once, encoded tensors packed, and the signpost."""
         state = dict(model.state_dict())
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, MPOModule) and module.tied_to is not None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mpocli.hf.matrices import prefix_of
+from mpocli.io.encodings.known import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What stands for the weight of a module: its cores and its router, any of them packed, or the packed weight itself.
-_PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>core_\d+(_bitmask|_values)?|router\.(weight|bias)|weight(_bitmask|_values))"
-)
+_PACKED = "|".join(re.escape(part.suffix) for kind in KINDS.values() for part in kind.parts)
+_PART = re.compile(rf"(?P<module>.+)\.(?P<part>core_\d+({_PACKED})?|router\.(weight|bias)|weight({_PACKED}))")
 
 
 def loading_parts(model: PreTrainedModel, conversions: Sequence[Any], stored: Collection[str]) -> list[Any]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.io.digest import files_sha256
 from mpocli.io.dtypes import STORED_DTYPES
-from mpocli.io.encoding import Encodings, part_names
+from mpocli.io.encodings.known import Encodings
 from mpocli.io.stored import StoredTensors
-from mpocli.sparse.bits import unpack_sparse
 
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, dtype.name) for code, dtype in STORED_DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -27,16 +26,13 @@ class CheckpointReader(StoredTensors[torch.dtype]):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own; an encoded one as the dense tensor, bit for bit."""
-        if name in self.encoded:
-            bits, values = (self._stored(part) for part in part_names(name))
-            try:
-                return unpack_sparse(bits, values, self.specs[name].shape)
-            except InputError as error:
-                raise InputError(
-                    f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
-                ) from error
-        tensor: Tensor = self._stored(name)
-        return tensor
+        parts = [self._stored(part.name) for part in self.parts(name)]
+        try:
+            return self.encoding(name).unpack(*parts)
+        except InputError as error:
+            raise InputError(
+                f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
+            ) from error
 
     @cached_property
     def sha256(self) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 
 from mpocli.errors import InputError
 from mpocli.io.differences import differences
-from mpocli.io.encoding import BITMASK, Encoding, encodings_from
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.dense import Dense
+from mpocli.io.encodings.known import KINDS, encodings_from
 from mpocli.io.json_file import read_json
 from mpocli.io.matrix_entry import MatrixEntry, listed
 from mpocli.mpo.shape import SiteShape
@@ -198,7 +200,7 @@ class ModuleEntry:
             "dense_params": spec.dense_params,
             "relative_error": self.relative_error,
             "discarded_weight": None if self.discarded_weight is None else list(self.discarded_weight),
-            "tensors": {core: {"encoding": "dense", "dtype": self.dtype} for core in spec.core_shapes()},
+            "tensors": {core: {"encoding": Dense.name, "dtype": self.dtype} for core in spec.core_shapes()},
             "tied_to": spec.tied_to,
             "scale": spec.scale,
             "experts": spec.experts,
@@ -216,7 +218,7 @@ class ModuleEntry:
         tensors = dict(data["tensors"])
         dtypes = sorted({str(entry["dtype"]) for entry in tensors.values()})
         encodings = {str(entry["encoding"]) for entry in tensors.values()}
-        if not encodings <= {"dense", BITMASK}:
+        if not encodings <= {Dense.name, *KINDS}:
             raise InputError(
                 f"{MANIFEST}: module {name} stores cores as {sorted(encodings)}, which this mpocli does not read",
                 hint="update mpocli",
@@ -307,8 +309,8 @@ class Manifest:
     def _module(self, entry: ModuleEntry) -> dict[str, Any]:
         data = entry.to_dict()
         for core, described in data["tensors"].items():
-            if f"{entry.name}.{core}" in self.encodings:
-                described["encoding"] = BITMASK
+            if encoding := self.encodings.get(f"{entry.name}.{core}"):
+                described["encoding"] = encoding.name
         return data
 
     @property

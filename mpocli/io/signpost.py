@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpocli.errors import InputError
-from mpocli.io.encoding import Adds
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 # transformers lists the tensors that a model does not expect right above the error that the tombstones cause,
 # so that the name of this one is read by whoever forgot the import.
@@ -32,6 +32,10 @@ def seal_of(quantization: Mapping[str, Any]) -> int:
     said = {name: quantization[name] for name in _SEALED if quantization.get(name)}
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Adds(Protocol):
+    def add(self, name: str, tensor: Tensor) -> None: ...
 
 
 def add_signpost(sink: Adds, quantization: Mapping[str, Any]) -> None:

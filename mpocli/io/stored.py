@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,10 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from mpocli.errors import InputError
 from mpocli.io.dtypes import STORED_DTYPES, DType, StoredDType
-from mpocli.io.encoding import Encodings, encoded_names, encoding_of, has_tombstone, part_names
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.dense import Dense
+from mpocli.io.encodings.known import Encodings, encoded, encoding_of
 from mpocli.io.json_file import read_json
 from mpocli.io.readable import is_file, is_there, why_unreadable
 from mpocli.io.signpost import SIGNPOST
+from mpocli.io.tensor_spec import TensorSpec
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -26,26 +28,6 @@ PICKLE_HINT = (
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "model.pth")
 
 D = TypeVar("D", bound=DType)
-
-
-@dataclass(frozen=True)
-class TensorSpec(Generic[D]):
-    """Name, dtype and shape of a stored tensor."""
-
-    name: str
-    dtype: D
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class StoredTensors(Generic[D]):
@@ -87,34 +69,31 @@ class StoredTensors(Generic[D]):
 
         self._check_index()
         self.encoded: dict[str, str] = {}
-        self.kept_values: dict[str, int] = {}
+        self._encodings: dict[str, Encoding] = {}
+        self._parts: dict[str, tuple[TensorSpec[D], ...]] = {}
         self._show_encoded(encodings or {})
 
     def _show_encoded(self, encodings: Encodings) -> None:
-        """Put a dense spec in the place of bitmask and values. `encoded` has its entry in `encodings` by stored name,
-        `kept_values` how many entries are stored."""
-        for name in sorted(encoded_names(self.specs)):
+        """Put a dense spec in the place of a tensor's parts. `encoded` has its entry in `encodings` by stored name."""
+        for name, kind in encoded(self.specs).items():
             entry = encoding_of(encodings, name)
-            if entry is None:
+            if entry is None or not isinstance(encodings[entry], kind):
                 raise InputError(
-                    f"{self.directory}: {name} is stored as a bitmask, and config.json has no encoding for it",
+                    f"{self.directory}: {name} is stored as {kind.phrase}, and config.json has no encoding for it",
                     hint="restore config.json from the directory that mpocli wrote",
                 )
-            bits, values = (self.specs.pop(part) for part in part_names(name))
-            shape = encodings[entry].shape
-            dense = TensorSpec(name, values.dtype, shape)
-            if bits.dtype != self._dtypes["U8"] or bits.numel != -(-dense.numel // 8) or len(values.shape) != 1:
+            encoding, parts = encodings[entry], tuple(self.specs.pop(part) for part in kind.part_names(name))
+            if misfit := encoding.misfit(name, parts, self._dtypes):
                 raise InputError(
-                    f"{self.directory}: the bitmask of {name} has {bits.numel} elements of {bits.dtype} and values of "
-                    f"shape {values.shape}, shape {'x'.join(map(str, shape))} needs {-(-dense.numel // 8)} bytes and "
-                    "a list",
-                    hint="config.json and the weights belong to different checkpoints",
+                    f"{self.directory}: {misfit}", hint="config.json and the weights belong to different checkpoints"
                 )
-            self.specs[name], self.encoded[name], self.kept_values[name] = dense, entry, values.numel
+            self.specs[name] = TensorSpec(name, encoding.dense_dtype(parts), encoding.shape)
+            self.encoded[name], self._encodings[name], self._parts[name] = entry, encoding, parts
         absent = sorted(set(encodings) - set(self.encoded.values()))
         if absent:
+            lacking = " or ".join(part.noun for part in encodings[absent[0]].parts)
             raise InputError(
-                f"{self.directory}: {absent[0]} is encoded, says config.json, and the files lack its bitmask or values",
+                f"{self.directory}: {absent[0]} is encoded, says config.json, and the files lack its {lacking}",
                 hint="the weight files are incomplete or belong to another checkpoint",
             )
 
@@ -135,11 +114,17 @@ class StoredTensors(Generic[D]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 
-    def part_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that the files hold for an encoded one."""
-        dense, (bits, values) = self.specs[name], part_names(name)
-        shapes: dict[str, tuple[int, ...]] = {bits: (-(-dense.numel // 8),), values: (self.kept_values[name],)}
-        return {**shapes, **({name: (1,)} if has_tombstone(name) else {})}
+    def encoding(self, name: str) -> Encoding:
+        """How the files hold a tensor."""
+        return self._encodings.get(name) or Dense(self.specs[name].shape)
+
+    def parts(self, name: str) -> tuple[TensorSpec[D], ...]:
+        """What the files hold for a tensor, a tombstone apart: itself, or the parts of an encoded one."""
+        return self._parts.get(name) or (self.specs[name],)
+
+    def zeros(self, name: str) -> int | None:
+        """Zeros of a tensor, None where only its values tell."""
+        return self.encoding(name).zeros(self.parts(name))
 
     def _stored(self, name: str) -> Any:
         """What a file holds by that name, as its framework has it."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, uint8
 
 from mpocli.io.checkpoint import DTYPE_NAMES
-from mpocli.io.stored import WEIGHTS, WEIGHTS_INDEX, TensorSpec
+from mpocli.io.stored import WEIGHTS, WEIGHTS_INDEX
+from mpocli.io.tensor_spec import TensorSpec
 
 Spec = TensorSpec[torch.dtype]
 # transformers refuses a file whose metadata does not say so.

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
-from mpocli.io.encoding import BITMASK, Encoding
+from mpocli.io.encodings.base import Encoding
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
-from mpocli.io.packing import add_encoded
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger
@@ -119,17 +118,16 @@ class Decomposer:
 
     def _pass(self, sink: Sink, key: str) -> None:
         """A tensor that stays what it is, a sparse one packed."""
-        encoded = self.checkpoint.reader.encoded.get(key)
-        if encoded is None:
-            sink.add(key, self._converted(key))
-            return
-        self.encodings[encoded] = self.checkpoint.encodings[encoded]
+        reader, tensor = self.checkpoint.reader, self._converted(key)
+        if key in reader.encoded:
+            self.encodings[reader.encoded[key]] = self.checkpoint.encodings[reader.encoded[key]]
+        encoding = reader.encoding(key)
         if self.needs_data:
-            add_encoded(sink, key, self._converted(key))
-            return
-        for part, shape in self.checkpoint.reader.part_shapes(key).items():
-            dtype = torch.uint8 if len(part) > len(key) and part.endswith(BITMASK) else self._converted(key).dtype
-            sink.add(part, torch.empty(shape, dtype=dtype, device="meta"))
+            for part, stored in encoding.encode(key, tensor).items():
+                sink.add(part, stored)
+        else:
+            for spec in encoding.converted(key, reader.parts(key), tensor.dtype):
+                sink.add(spec.name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
     def _dtype(self, stored: torch.dtype) -> torch.dtype:
         wanted = self.config.dtype

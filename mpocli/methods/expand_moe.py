@@ -21,9 +21,9 @@ from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
 from mpocli.io.claim import writes_output
+from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.output import check_output, output_directory
-from mpocli.io.packing import add_encoded
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
@@ -278,18 +278,15 @@ class _Expander:
             if key == SIGNPOST or key in gone:
                 continue
             if key not in self.jobs:
-                tensor = reader.read(key)
-                if key in reader.encoded:
-                    add_encoded(sink, key, tensor)
-                else:
-                    sink.add(key, tensor)
+                for part, stored in reader.encoding(key).encode(key, reader.read(key)).items():
+                    sink.add(part, stored)
                 continue
             weight, place, router = self.jobs[key]
             for name, tensor in self._expanded(weight, place, router).items():
-                if f"{weight.name}.{name}" in self.encodings:  # a core that was pruned before
-                    add_encoded(sink, weight.key_of(name), tensor)
-                else:
-                    sink.add(weight.key_of(name), tensor)
+                # A core that was pruned before, or Dense
+                encoding = self.encodings.get(f"{weight.name}.{name}", Dense(tuple(tensor.shape)))
+                for part, stored in encoding.encode(weight.key_of(name), tensor).items():
+                    sink.add(part, stored)
             if self.progress:
                 self.progress(len(self.done), len(self.jobs), weight.name)
         add_signpost(sink, self.manifest().quantization_config())

@@ -13,7 +13,6 @@ from mpocli.hf.metadata import Metadata, read_metadata
 from mpocli.hf.recorded import recorded
 from mpocli.io.manifest import MANIFEST, Manifest, MPOSpec, Totals
 from mpocli.io.stored import StoredTensors, stored_tensors
-from mpocli.sparse.sizes import bitmask_bytes
 
 Progress = Callable[[int, int, str], None]
 
@@ -169,7 +168,7 @@ def _report(
 
 
 def _view(weight: Matrix[Any], reader: StoredTensors[Any], zeros: Mapping[str, int]) -> ModuleView:
-    return _with_sparsity(_structure(weight), weight, reader, zeros)
+    return _as_encoded(_structure(weight), weight, reader, zeros)
 
 
 def _structure(weight: Matrix[Any]) -> ModuleView:
@@ -232,21 +231,19 @@ def _keys_of(weight: Matrix[Any]) -> list[str]:
 
 def _zeros_stored(reader: StoredTensors[Any]) -> dict[str, int]:
     """Zeros of every tensor that is stored sparse."""
-    return {key: reader.specs[key].numel - reader.kept_values[key] for key in reader.encoded}
+    counts = {key: reader.zeros(key) for key in reader.encoded}
+    return {key: zeros for key, zeros in counts.items() if zeros is not None}
 
 
-def _with_sparsity(
+def _as_encoded(
     view: ModuleView, weight: Matrix[Any], reader: StoredTensors[Any], zeros: Mapping[str, int]
 ) -> ModuleView:
-    """What of the matrix, or of its cores, is sparse, and what that saves of the files."""
-    sparse = [key for key in _keys_of(weight) if key in zeros]
+    """What of the matrix, or of its cores, is sparse, and what encodings save of the files."""
+    keys = _keys_of(weight)
+    parts = {key: sum(part.nbytes for part in reader.parts(key)) for key in keys if key in reader.encoded}
+    view = replace(view, bytes=view.bytes - sum(reader.specs[key].nbytes - size for key, size in parts.items()))
+    sparse = [key for key in keys if key in zeros]
     if not sparse:
         return view
     entries, total = sum(reader.specs[key].numel for key in sparse), sum(zeros[key] for key in sparse)
-    saved = sum(
-        reader.specs[key].nbytes
-        - bitmask_bytes(reader.specs[key].numel, reader.kept_values[key], reader.specs[key].dtype.itemsize)
-        for key in sparse
-        if key in reader.encoded
-    )
-    return replace(view, sparsity=total / entries, zeros=total, bytes=view.bytes - saved)
+    return replace(view, sparsity=total / entries, zeros=total)

@@ -199,4 +199,4 @@ def _other_zeros(checkpoint: Checkpoint, tensors: tuple[SparseTensor, ...]) -> i
     """Zeros of what was sparse before and was not pruned now."""
     reader, pruned = checkpoint.reader, {tensor.name for tensor in tensors}
     others = [key for key, entry in reader.encoded.items() if entry not in pruned and key not in pruned]
-    return sum(reader.specs[key].numel - reader.kept_values[key] for key in others)
+    return sum(reader.zeros(key) or 0 for key in others)

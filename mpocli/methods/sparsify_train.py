@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 
 from mpocli.hf.artifact import write_trained
+from mpocli.hf.encoded import encodings_of
+from mpocli.hf.packing import set_encodings
 from mpocli.hf.replace import dense_shape, local_name
 from mpocli.hf.roles import role_of
-from mpocli.hf.sparse import set_encodings, sparse_encodings
 from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
-from mpocli.io.encoding import Encoding
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
 from mpocli.methods.sparsify_config import SparsifyConfig
@@ -75,7 +77,7 @@ def run(
     student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code, warn=new.append)
     teacher = distillation_of(config, data, checkpoint)
     dense = sum(parameter.numel() for parameter in student.parameters())
-    sparse_before = sparse_encodings(student)
+    sparse_before = encodings_of(student)
     places = [_place(student, target, sparse_before) for target in targets]
     state.wait_for_everyone()  # all have looked for an interrupted run before one begins
     with (
@@ -146,7 +148,7 @@ def run(
         if tells and data.eval:
             tells(steps, steps, "evaluating")
         after = evaluate(student, data, options)
-        sparse = {place.name: Encoding(target.shape, str(config.pattern)) for target, place in _pairs(targets, places)}
+        sparse = {place.name: Bitmask(target.shape, str(config.pattern)) for target, place in _pairs(targets, places)}
         kept = sparse_before | sparse
         set_encodings(student, kept if config.storage == "bitmask" else {})
         with output_directory(out) as work:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.io.encoding import Encoding
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import MANIFEST, Manifest
-from mpocli.io.packing import add_encoded
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
-from mpocli.sparse import bitmask_bytes, global_masks, zeros_in
+from mpocli.sparse import global_masks, zeros_in
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,7 +42,6 @@ def described(target: Target, stored: Tensor, storage: str, itemsize: int | None
     """Counted on what is stored, in `itemsize` bytes an entry if not in the tensor's own."""
     itemsize = itemsize or stored.element_size()
     entries, zeros = stored.numel(), int((stored == 0).sum())
-    size = bitmask_bytes(entries, entries - zeros, itemsize) if storage == "bitmask" else entries * itemsize
     return SparseTensor(
         name=target.name,
         role=target.role,
@@ -49,9 +49,13 @@ def described(target: Target, stored: Tensor, storage: str, itemsize: int | None
         entries=entries,
         zeros=zeros,
         sparsity=zeros / entries,
-        bytes=size,
+        bytes=_encoding(target, storage).nbytes(zeros, itemsize),
         dense_bytes=entries * itemsize,
     )
+
+
+def _encoding(target: Target, storage: str, pattern: str = "unstructured") -> Encoding:
+    return Bitmask(target.shape, pattern) if storage == Bitmask.name else Dense(target.shape)
 
 
 def magnitude_pruner(
@@ -95,26 +99,25 @@ def write_sparse(
     jobs = {target.key: target for target in targets}
     before = checkpoint.encodings
     made: dict[str, SparseTensor] = {}
-    encodings = dict(before) if config.storage == "bitmask" else {}
+    is_packed = config.storage != Dense.name
+    encodings = dict(before) if is_packed else {}
     with CheckpointWriter(work, config.max_shard_bytes) as writer:
         for key in checkpoint.reader:
             if key == SIGNPOST:
                 continue
-            tensor = checkpoint.reader.read(key)
-            target = jobs.get(key)
+            tensor, target = checkpoint.reader.read(key), jobs.get(key)
+            encoding = checkpoint.reader.encoding(key) if is_packed else Dense(tuple(tensor.shape))
             if target is not None:
                 tensor = prune(target, tensor)
                 made[target.name] = described(target, tensor, config.storage)
-                if config.storage == "bitmask":
+                encoding = _encoding(target, config.storage, str(config.pattern))
+                if is_packed:
                     encodings.pop(checkpoint.reader.encoded.get(key, ""), None)
-                    encoding = Encoding(target.shape, str(config.pattern))
                     encodings[target.name] = encoding.stored_as(target.name, key)
                 if progress:
                     progress(len(made), len(jobs), target.name)
-            if config.storage == "bitmask" and (target is not None or key in checkpoint.reader.encoded):
-                add_encoded(writer, key, tensor)
-            else:
-                writer.add(key, tensor)
+            for part, stored in encoding.encode(key, tensor).items():
+                writer.add(part, stored)
         cores = {target.module for target in targets if target.layout == "core"}
         structure = Manifest(
             modules=tuple(

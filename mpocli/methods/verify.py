@@ -26,7 +26,6 @@ from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, read_manifest
 from mpocli.io.model_files import unlisted_files
 from mpocli.methods.merge import dense_experts, read_mpo
 from mpocli.mpo import Truncation, canonical_defect, decompose, norm_squared, stored_error
-from mpocli.sparse import Pattern
 
 Progress = Callable[[int, int, str], None]
 
@@ -165,22 +164,16 @@ def _origin(found: _Findings, manifest: Manifest) -> None:
 
 
 def _patterns(found: _Findings, checkpoint: Checkpoint) -> None:
-    """Zeros lie as the encodings say."""
+    """Values are as the encodings say, a pattern of zeros above all."""
     rows = {weight.key: weight for weight in checkpoint.survey.weights if weight.key}
     for key, name in checkpoint.reader.encoded.items():
-        pattern = Pattern.parse(checkpoint.encodings[name].pattern)
-        broken = False
-        if pattern.keep is not None and pattern.group is not None:
+
+        def matrix(key: str = key) -> Tensor:
             tensor = checkpoint.reader.read(key)
-            matrix = rows[key].oriented(tensor) if key in rows else tensor
-            broken = most_in_group(matrix, pattern.group) > pattern.keep
-        found.check(f"encodings.{name}.pattern: its zeros do not lie as {pattern}" if broken else None)
+            return rows[key].oriented(tensor) if key in rows else tensor
 
-
-def most_in_group(matrix: Tensor, group: int) -> int:
-    """The largest number of non-zeros in `group` neighbours of a row, the last group of a row being what is left."""
-    rows = (matrix.reshape(-1, matrix.shape[-1]) != 0).int()
-    return max(int(part.sum(1).max()) for part in rows.split(group, dim=1))
+        problem = checkpoint.reader.encoding(key).problem(matrix)
+        found.check(f"encodings.{name}.{problem}" if problem else None)
 
 
 def _canonical(found: _Findings, checkpoint: Checkpoint, weight: Weight, claim: ModuleEntry) -> None:

@@ -8,12 +8,10 @@ if TYPE_CHECKING:
     from mpocli.sparse.bits import pack_bits, pack_sparse, unpack_bits, unpack_sparse
     from mpocli.sparse.masks import Pattern, global_masks, n_of_m_mask, rowwise_mask, smallest_mask, zeros_in
     from mpocli.sparse.schedule import CubicSchedule
-    from mpocli.sparse.sizes import bitmask_bytes
 
 __all__ = [
     "CubicSchedule",
     "Pattern",
-    "bitmask_bytes",
     "global_masks",
     "n_of_m_mask",
     "pack_bits",
@@ -25,13 +23,11 @@ __all__ = [
     "zeros_in",
 ]
 
-# `sizes` is for whoever counts bytes and needs no torch for it.
 __getattr__ = attributes(
     __name__,
     {
         "bits": "pack_bits pack_sparse unpack_bits unpack_sparse",
         "masks": "Pattern global_masks n_of_m_mask rowwise_mask smallest_mask zeros_in",
         "schedule": "CubicSchedule",
-        "sizes": "bitmask_bytes",
     },
 )

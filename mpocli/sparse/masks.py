@@ -119,3 +119,9 @@ def global_masks(scores: Sequence[Tensor], zeros: int) -> list[Tensor]:
     together = smallest_mask(torch.cat([part.reshape(-1) for part in scores]), zeros)
     parts = together.split([part.numel() for part in scores])
     return [mask.reshape(part.shape) for mask, part in zip(parts, scores, strict=True)]
+
+
+def most_in_group(matrix: Tensor, group: int) -> int:
+    """The largest number of non-zeros in `group` neighbours of a row, the last group of a row being what is left."""
+    rows = (matrix.reshape(-1, matrix.shape[-1]) != 0).int()
+    return max(int(part.sum(1).max()) for part in rows.split(group, dim=1))

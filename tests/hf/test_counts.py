@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from mpocli.io.stored import TensorSpec
+from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import plan_shards
 from mpocli.methods import decompose
 from mpocli.methods.decompose_plan import DecomposeConfig

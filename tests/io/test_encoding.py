@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.io.checkpoint import CheckpointReader
-from mpocli.io.encoding import Encoding, encoded_names, encoding_of, encodings_from
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.io.encodings.known import encoded, encoding_of, encodings_from
 from mpocli.io.manifest import Manifest, MPOSpec, read_manifest
-from mpocli.io.packing import add_encoded, encode
-from mpocli.io.stored import WEIGHTS, TensorSpec
+from mpocli.io.stored import WEIGHTS
+from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import CheckpointWriter
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,6 +54,15 @@ def _sparse(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: in
     return tensor.masked_fill_(torch.rand(shape, generator=generator) < 0.7, 0.0)
 
 
+def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return Bitmask(tuple(tensor.shape)).encode(name, tensor)
+
+
+def _add(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
+    for part, stored in packed(name, tensor).items():
+        writer.add(part, stored)
+
+
 def _directory(path: Path, tensors: dict[str, Tensor]) -> Path:
     path.mkdir(exist_ok=True)
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
@@ -65,7 +76,7 @@ def _directory(path: Path, tensors: dict[str, Tensor]) -> Path:
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (2, 3, 5, 7), (8,)])
 def test_the_stored_parts_are_what_numpy_makes_of_the_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = _sparse(shape, dtype)
-    found, expected = encode(NAME, tensor), _by_numpy(NAME, tensor)
+    found, expected = packed(NAME, tensor), _by_numpy(NAME, tensor)
     assert found.keys() == expected.keys() == {NAME, BITS, VALUES}
     assert all(_same(found[part], expected[part]) for part in expected)
     assert found[BITS].nbytes == math.ceil(tensor.numel() / 8)
@@ -94,20 +105,20 @@ def test_a_written_tensor_is_read_bit_for_bit_and_keeps_only_what_is_not_zero(
     tensor: Tensor, kept: int, tmp_path: Path
 ) -> None:
     with CheckpointWriter(tmp_path, 1 << 40) as writer:
-        add_encoded(writer, NAME, tensor)
+        _add(writer, NAME, tensor)
         writer.finish()
     stored = load_file(tmp_path / WEIGHTS)
     assert len(stored[VALUES]) == kept and stored[NAME].tolist() == [0.0]
-    reader = CheckpointReader(tmp_path, {NAME: Encoding(tuple(tensor.shape))})
+    reader = CheckpointReader(tmp_path, {NAME: Bitmask(tuple(tensor.shape))})
     assert _same(reader.read(NAME), tensor)
-    assert reader.kept_values == {NAME: kept}
+    assert reader.zeros(NAME) == tensor.numel() - kept
 
 
 def test_only_a_dense_weight_leaves_a_tombstone() -> None:
     """The module of a core has one already."""
     core = _sparse((1, 3, 3, 1))
-    assert encode("layer.core_2", core).keys() == {"layer.core_2_bitmask", "layer.core_2_values"}
-    assert encode("layer.weight", core)["layer.weight"].shape == (1,)
+    assert packed("layer.core_2", core).keys() == {"layer.core_2_bitmask", "layer.core_2_values"}
+    assert packed("layer.weight", core)["layer.weight"].shape == (1,)
 
 
 @settings(max_examples=30, deadline=None)
@@ -124,15 +135,18 @@ def test_parts_in_whatever_shards_are_read_as_the_dense_tensors(
     with tempfile.TemporaryDirectory() as folder:
         with CheckpointWriter(Path(folder), most) as writer:
             for name, tensor in tensors.items():
-                add_encoded(writer, name, tensor)
+                _add(writer, name, tensor)
             writer.add("bias", torch.ones(3))
             files = writer.finish()
-        reader = CheckpointReader(Path(folder), {name: Encoding(tuple(t.shape)) for name, t in tensors.items()})
+        reader = CheckpointReader(Path(folder), {name: Bitmask(tuple(t.shape)) for name, t in tensors.items()})
         assert set(reader) == {*tensors, "bias"}
         assert all(_same(reader.read(name), tensor) for name, tensor in tensors.items())
         for name in tensors:
             stored = {part: t for file in files for part, t in load_file(file).items() if part.startswith(name)}
-            assert {part: tuple(t.shape) for part, t in stored.items()} == reader.part_shapes(name)
+            specs = reader.encoding(name).converted(name, reader.parts(name), torch.float32)
+            assert {part: (t.dtype, tuple(t.shape)) for part, t in stored.items()} == {
+                spec.name: (spec.dtype, spec.shape) for spec in specs
+            }
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -141,7 +155,7 @@ def test_parts_in_whatever_shards_are_read_as_the_dense_tensors(
 def test_the_reader_shows_dense_specs_in_the_place_of_the_parts(tmp_path: Path) -> None:
     tensor = _sparse((6, 7), torch.bfloat16)
     reader = CheckpointReader(
-        _directory(tmp_path / "a", {**_by_numpy(NAME, tensor), "bias": torch.ones(6)}), {NAME: Encoding((6, 7))}
+        _directory(tmp_path / "a", {**_by_numpy(NAME, tensor), "bias": torch.ones(6)}), {NAME: Bitmask((6, 7))}
     )
     assert reader.specs == {
         NAME: TensorSpec(NAME, torch.bfloat16, (6, 7)),
@@ -156,18 +170,18 @@ def test_the_reader_shows_dense_specs_in_the_place_of_the_parts(tmp_path: Path) 
 def test_an_encoding_is_found_under_a_longer_or_shorter_path(entry: str, tmp_path: Path) -> None:
     """A base model's files lack the prefix that the config of a whole one has."""
     tensor = _sparse((6, 7))
-    reader = CheckpointReader(_directory(tmp_path / "a", _by_numpy(NAME, tensor)), {entry: Encoding((6, 7))})
+    reader = CheckpointReader(_directory(tmp_path / "a", _by_numpy(NAME, tensor)), {entry: Bitmask((6, 7))})
     assert reader.encoded == {NAME: entry} and _same(reader.read(NAME), tensor)
 
 
 def test_a_path_that_fits_two_encodings_is_neither_and_an_exact_one_is_itself() -> None:
-    two = {"a.layer.weight": Encoding((2, 2)), "b.layer.weight": Encoding((3, 3))}
+    two = {"a.layer.weight": Bitmask((2, 2)), "b.layer.weight": Bitmask((3, 3))}
     assert encoding_of(two, "layer.weight") is None
-    assert encoding_of({**two, "layer.weight": Encoding((4, 4))}, "layer.weight") == "layer.weight"
+    assert encoding_of({**two, "layer.weight": Bitmask((4, 4))}, "layer.weight") == "layer.weight"
     # A name ends at a dot.
     assert encoding_of(two, "slayer.weight") is None
-    assert encoding_of({"a.slayer.weight": Encoding((2, 2))}, "layer.weight") is None
-    assert encoded_names([BITS, VALUES, "x_bitmask", "y_values", "bias"]) == {NAME}
+    assert encoding_of({"a.slayer.weight": Bitmask((2, 2))}, "layer.weight") is None
+    assert encoded([BITS, VALUES, "x_bitmask", "y_values", "bias"]) == {NAME: Bitmask}
 
 
 def _without(part: str) -> Any:
@@ -196,7 +210,7 @@ def test_parts_that_are_absent_or_of_the_wrong_size_are_an_error_on_opening(
     tensors = _by_numpy(NAME, _sparse((6, 7)))
     change(tensors)
     with pytest.raises(InputError, match=message) as error:
-        CheckpointReader(_directory(tmp_path / "a", tensors), {NAME: Encoding((6, 7))})
+        CheckpointReader(_directory(tmp_path / "a", tensors), {NAME: Bitmask((6, 7))})
     assert NAME in str(error.value)
 
 
@@ -206,14 +220,14 @@ def test_fewer_or_more_values_than_set_bits_are_an_error_on_reading(change: Any,
     kept = int((tensor != 0).sum())
     tensors = _by_numpy(NAME, tensor)
     tensors[VALUES] = change(tensors[VALUES])
-    reader = CheckpointReader(_directory(tmp_path / "a", tensors), {NAME: Encoding((6, 7))})
+    reader = CheckpointReader(_directory(tmp_path / "a", tensors), {NAME: Bitmask((6, 7))})
     with pytest.raises(InputError, match=rf"{NAME}.*keeps {kept} entries, and {len(tensors[VALUES])} values"):
         reader.read(NAME)
 
 
 def test_a_bitmask_without_an_encoding_is_an_error_and_never_two_more_tensors(tmp_path: Path) -> None:
     directory = _directory(tmp_path / "a", _by_numpy(NAME, _sparse((6, 7))))
-    for encodings in (None, {}, {"other.weight": Encoding((6, 7))}):
+    for encodings in (None, {}, {"other.weight": Bitmask((6, 7))}):
         with pytest.raises(InputError, match=f"{NAME} is stored as a bitmask, and config.json has no encoding"):
             CheckpointReader(directory, encodings)
 
@@ -221,13 +235,13 @@ def test_a_bitmask_without_an_encoding_is_an_error_and_never_two_more_tensors(tm
 def test_an_encoding_without_any_tensor_is_an_error(tmp_path: Path) -> None:
     directory = _directory(tmp_path / "a", _by_numpy(NAME, _sparse((6, 7))))
     with pytest.raises(InputError, match=r"other\.weight is encoded"):
-        CheckpointReader(directory, {NAME: Encoding((6, 7)), "other.weight": Encoding((2, 2))})
+        CheckpointReader(directory, {NAME: Bitmask((6, 7)), "other.weight": Bitmask((2, 2))})
 
 
 # --- what config.json and mpo.json say ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", [Encoding((3, 4)), Encoding((1, 2, 3, 4), "2:4")])
+@pytest.mark.parametrize("encoding", [Bitmask((3, 4)), Bitmask((1, 2, 3, 4), "2:4")])
 def test_an_encoding_comes_back_from_json(encoding: Encoding) -> None:
     assert encodings_from(json.loads(json.dumps({NAME: encoding.to_dict()}))) == {NAME: encoding}
 
@@ -265,13 +279,13 @@ def _config(encodings: dict[str, Encoding]) -> dict[str, Any]:
 
 
 def test_encodings_are_read_from_the_config_alone_and_must_be_those_of_the_manifest(tmp_path: Path) -> None:
-    here, other = {NAME: Encoding((3, 4))}, {NAME: Encoding((4, 3))}
+    here, other = {NAME: Bitmask((3, 4))}, {NAME: Bitmask((4, 3))}
     alone = read_manifest(tmp_path, _config(here))
     assert alone is not None and alone.encodings == here and alone.needs_plugin
     (tmp_path / "mpo.json").write_text(Manifest(encodings=here).dumps())
     both = read_manifest(tmp_path, _config(here))
     assert both is not None and both.encodings == here
-    for config in ({}, _config({}), _config(other), _config({NAME: Encoding((3, 4), "2:4")})):
+    for config in ({}, _config({}), _config(other), _config({NAME: Bitmask((3, 4), "2:4")})):
         with pytest.raises(InputError, match=rf"disagree about how {NAME} is stored"):
             read_manifest(tmp_path, config)
     (tmp_path / "mpo.json").write_text(Manifest().dumps())
@@ -284,7 +298,7 @@ def test_the_manifest_says_of_every_core_how_it_is_stored() -> None:
 
     spec = MPOSpec("linear", (4, 4), (2, 2), (2, 2), (1, 4, 1))
     manifest = Manifest(
-        modules=(ModuleEntry("layer", "ffn", spec, "float32"),), encodings={"layer.core_0": Encoding((1, 2, 2, 4))}
+        modules=(ModuleEntry("layer", "ffn", spec, "float32"),), encodings={"layer.core_0": Bitmask((1, 2, 2, 4))}
     )
     tensors = json.loads(manifest.dumps())["modules"][0]["tensors"]
     assert {name: tensor["encoding"] for name, tensor in tensors.items()} == {"core_0": "bitmask", "core_1": "dense"}

@@ -20,7 +20,8 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.io import writer as writer_module
 from mpocli.io.checkpoint import DTYPES, CheckpointReader
-from mpocli.io.stored import WEIGHTS, WEIGHTS_INDEX, TensorSpec
+from mpocli.io.stored import WEIGHTS, WEIGHTS_INDEX
+from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpocli.errors import InputError
-from mpocli.sparse import bitmask_bytes, pack_bits, pack_sparse, unpack_bits, unpack_sparse
+from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.sparse import pack_bits, pack_sparse, unpack_bits, unpack_sparse
 
 
 @given(st.lists(st.booleans(), min_size=0, max_size=70))
@@ -26,7 +27,7 @@ def test_a_sparse_tensor_comes_back_bit_for_bit(dtype: torch.dtype, shape: tuple
     tensor[torch.rand(shape) < 0.6] = 0.0
     tensor.reshape(-1)[0] = -0.0
     packed, values = pack_sparse(tensor)
-    assert packed.nbytes + values.nbytes == bitmask_bytes(tensor.numel(), values.numel(), dtype.itemsize)
+    assert packed.nbytes + values.nbytes == Bitmask(shape).nbytes(tensor.numel() - values.numel(), dtype.itemsize)
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     assert torch.equal(unpack_sparse(packed, values, shape).view(words), tensor.view(words))
 

@@ -1,0 +1,1 @@
+"""How the files hold tensors that they do not hold as they are: one file an encoding."""

@@ -1,0 +1,131 @@
+"""What an encoding is: the parts that stand for a tensor in the files, and the way there and back.
+
+Everything but `pack` and `unpack` is asked where metadata are read, and works without torch.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from mpocli.io.dtypes import DType
+from mpocli.io.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+D = TypeVar("D", bound=DType)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in the files: the end of its name, the noun for it in messages, and its dtype as safetensors calls it
+    (None: that of the tensor it stands for, in which it is trained where it is trained)."""
+
+    suffix: str
+    noun: str
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """One tensor's encoding: its dense shape, and in a subclass what else must be known to read it, all of it JSON.
+
+    `key` is the tensor's name in the files where that is not the model's: transformers renames some on loading.
+    `name` is the word for the encoding in JSON, `phrase` what a tensor is stored as, `account` the same at length.
+    """
+
+    shape: tuple[int, ...]
+    key: str | None = field(default=None, kw_only=True)
+
+    name: ClassVar[str]
+    phrase: ClassVar[str]
+    account: ClassVar[str]
+    parts: ClassVar[tuple[Part, ...]]
+    holds_zeros: ClassVar[bool] = False  # whether training leaves zeros exactly zero
+
+    # --- values ---
+
+    @abstractmethod
+    def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a tensor, in their order."""
+
+    @abstractmethod
+    def unpack(self, *parts: Tensor) -> Tensor:
+        """The dense tensor. Raises `InputError` where the parts contradict one another."""
+
+    def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors that stand for one in the files.
+
+        One zero is left where a dense weight was: a loader that does not know the encoding then stops at its shape.
+        """
+        parts = dict(zip(self.part_names(name), self.pack(tensor), strict=True))
+        if has_tombstone(name) and name not in parts:
+            parts[name] = tensor.new_zeros(1)
+        return parts
+
+    def suits(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was read so is to be stored so again."""
+        return True
+
+    def problem(self, read: Callable[[], Tensor]) -> str:
+        """What the tensor's (O, I) matrix contradicts of the encoding's own fields, "field: why"; empty for nothing."""
+        return ""
+
+    # --- metadata ---
+
+    @abstractmethod
+    def nbytes(self, zeros: int, itemsize: int) -> int:
+        """Bytes of the parts of a tensor with so many zeros, of `itemsize` bytes an entry."""
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        """Why stored parts cannot be those of the dense shape, with the numbers; empty where they can."""
+        return ""
+
+    def zeros(self, parts: Sequence[TensorSpec[Any]]) -> int | None:
+        """Zeros of the tensor, None where its parts' shapes do not tell."""
+        return None
+
+    def dense_dtype(self, parts: Sequence[TensorSpec[D]]) -> D:
+        return next(spec.dtype for part, spec in zip(self.parts, parts, strict=True) if part.dtype is None)
+
+    def converted(self, name: str, parts: Sequence[TensorSpec[D]], dtype: D) -> list[TensorSpec[D]]:
+        """What `encode` leaves of the same tensor in another dtype, told by its parts."""
+        pairs = zip(self.parts, parts, strict=True)
+        specs = [spec if part.dtype else replace(spec, dtype=dtype) for part, spec in pairs]
+        lost = has_tombstone(name) and all(spec.name != name for spec in specs)
+        return [*specs, *([TensorSpec(name, dtype, (1,))] if lost else [])]
+
+    @classmethod
+    def part_names(cls, name: str) -> tuple[str, ...]:
+        """What a tensor's parts are called in the files."""
+        return tuple(name + part.suffix for part in cls.parts)
+
+    @classmethod
+    def found_in(cls, stored: Iterable[str]) -> set[str]:
+        """The tensors of which the files hold all parts."""
+        names, suffix = set(stored), cls.parts[0].suffix
+        whole = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+        return {name for name in whole if names.issuperset(cls.part_names(name))}
+
+    def stored_as(self, name: str, key: str) -> Self:
+        """The same for a tensor that the model calls `name` and the files `key`."""
+        return replace(self, key=None if key == name else key)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("shape", "key")}
+        data = {"encoding": self.name, "shape": list(self.shape), **own}
+        return data if self.key is None else data | {"key": self.key}
+
+    @classmethod
+    def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """A subclass's fields from JSON; `KeyError`, `TypeError` or `ValueError` for what they cannot be."""
+        return {}
+
+
+def has_tombstone(name: str) -> bool:
+    """Whether one zero stays under the tensor's own name: a dense weight's, not a core's, whose module has one."""
+    return re.fullmatch(r"core_\d+", name.rpartition(".")[2]) is None
