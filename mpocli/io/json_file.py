@@ -24,9 +24,9 @@ MOST_DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
-def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` where it is absent, broken or something else, and with `unique` where an
-    object in it says a thing twice."""
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` where it is absent, broken or something else, and with `strict` where an
+    object in it says a thing twice, or a number is none."""
     why = why_unreadable(path)
     if why:
         raise InputError(f"{path}: {why}", hint=_AGAIN)
@@ -34,7 +34,7 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise InputError(f"{path}: {size:,} bytes of JSON, {MOST_BYTES:,} are read at most", hint=_AGAIN)
-        data = parse_json(path.read_bytes().decode("utf-8"), unique=unique)
+        data = parse_json(path.read_bytes().decode("utf-8"), strict=strict)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -47,13 +47,13 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
 _AGAIN = "download or write the file again"
 
 
-def parse_json(text: str, *, halves: bool = False, unique: bool = False) -> Any:
+def parse_json(text: str, *, halves: bool = False, strict: bool = False) -> Any:
     """What a JSON text says.
 
     Raises `ValueError`, its message one short line, for a text that is not JSON or that is nested deeper than
     `DEEPEST`, a number of more than `MOST_DIGITS` digits or beyond the floating-point numbers, and (but for `halves`) a
-    text with half of a surrogate pair. With `unique` also for an object that has a key twice, of which others would
-    take the first.
+    text with half of a surrogate pair. With `strict` also for an object that has a key twice, of which others would
+    take the first, and for NaN and Infinity, which JSON has not (Python writes them, so that configs have them).
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -62,8 +62,8 @@ def parse_json(text: str, *, halves: bool = False, unique: bool = False) -> Any:
     ValueError: the number 1e999 is beyond the floating-point numbers
     """
     try:
-        pairs = _unique if unique else None
-        data = json.loads(text, parse_int=_integer, parse_float=_number, object_pairs_hook=pairs)
+        more: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _constant} if strict else {}
+        data = json.loads(text, parse_int=_integer, parse_float=_number, **more)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     _check_depth(data)
@@ -81,6 +81,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:60]!r} is there twice")
     return found
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _integer(digits: str) -> int:

@@ -17,6 +17,7 @@ from mpocli.io.encodings.dense import Dense
 from mpocli.io.encodings.known import KINDS, encodings_from
 from mpocli.io.json_file import read_json
 from mpocli.io.matrix_entry import MatrixEntry, listed
+from mpocli.io.readable import is_there
 from mpocli.mpo.shape import SiteShape
 
 MANIFEST = "mpo.json"
@@ -395,13 +396,13 @@ def read_manifest(directory: Path, config: Mapping[str, Any]) -> Manifest | None
         _check_same("config.json", f"tensor {name}", quantization["encodings"][name], encoding.to_dict())
     routing = dict(quantization.get("routing") or {}) if ours else {}
     path = directory / MANIFEST
-    if not path.is_file():
+    if not is_there(path):  # a pipe, a folder or a dead link in its place is told by `read_json`
         if described is None:
             return None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         entries = tuple(ModuleEntry(name, None, spec, dtype) for name, spec in described.items())
         return Manifest(modules=entries, encodings=encodings, routing=routing)
-    data = read_json(path, unique=True)
+    data = read_json(path, strict=True)
     check_schema(MANIFEST, data.get("schema_version"))
     if data.get("format") != FORMAT:
         raise InputError(f"{path}: format {data.get('format')!r}, {FORMAT!r} was expected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from math import prod
@@ -181,3 +182,27 @@ def test_inspect_module_shows_only_what_matches(cli: Cli, bert_mpo: Path) -> Non
         *(f"bert.encoder.layer.{layer}.attention.self.query" for layer in (0, 1)),
         "bert.pooler.dense",
     }
+
+
+def _infinite(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"history": [{"seed": float("inf")}]}))
+
+
+IN_ITS_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is a pipe"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
+    "a dead link": (lambda path: (path.unlink(), path.symlink_to("gone")), "is a link to what does not exist"),
+    "an infinity": (_infinite, "Infinity is no number of JSON"),
+}
+
+
+@pytest.mark.parametrize("what", IN_ITS_PLACE)
+@pytest.mark.parametrize("words", [("inspect",), ("inspect", "--verify"), ("merge", "-o", "out")], ids=" ".join)
+def test_what_is_no_manifest_is_not_taken_for_none(
+    what: str, words: tuple[str, ...], cli: Cli, bert_mpo: Path, tmp_path: Path, work: Path
+) -> None:
+    spoil, told = IN_ITS_PLACE[what]
+    directory = Path(shutil.copytree(bert_mpo, tmp_path / "mpo"))
+    spoil(directory / "mpo.json")
+    command, *options = words
+    refused(cli(command, directory, *options), 3, told)
