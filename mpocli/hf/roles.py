@@ -29,9 +29,10 @@ _ATTENTION_CHILD = re.compile(
 # Leaves that are attention beside an attention parent, feed-forward elsewhere.
 _EITHER_LEAF = re.compile(r"dense|c_proj|wo|proj|fc_out|output")
 # Leaves that are feed-forward only below such a parent.
-_PLAIN_LEAF = re.compile(
-    r"\d+|(linear|layer|dense|ffw_layer|linear_fc)_?\d|key|value|receptance|linear_(in|out)|proj_(in|out)|"
-    r"(input|output)_linear|(intermediate|output)_dense|w_out"
+_PLAIN_LEAF = re.compile(r"\d+|(linear|layer)_?\d|key|value|receptance")
+# Leaves that are so directly below one, and not in an adapter within it.
+_FFN_CHILD = re.compile(
+    r"(dense|ffw_layer|linear_fc)_?\d|linear_(in|out)|proj_(in|out)|(input|output)_linear|(intermediate|output)_dense|w_out"
 )
 _FFN_LEAF = re.compile(
     r"intermediate|ffn|ffn_output|lin[12]|w[io]|wi_[01]|up_proj|gate_proj|down_proj|gate_up_proj|fc[12]|fc_in|fc_out|"
@@ -77,6 +78,8 @@ def role_of(name: str, *, is_embedding: bool = False) -> str | None:
     if any(_FFN_PARENT.fullmatch(part) for part in parents) and (
         _EITHER_LEAF.fullmatch(leaf) or _PLAIN_LEAF.fullmatch(leaf)
     ):
+        return "ffn"
+    if _FFN_PARENT.fullmatch(holder) and _FFN_CHILD.fullmatch(leaf):
         return "ffn"
     if any(_STATE_SPACE.fullmatch(part) for part in parents) and not _MIXED_ATTENTION_LEAF.fullmatch(leaf):
         return None

@@ -27,6 +27,7 @@ from mpocli.hf.roles import role_of
         ("model.layers.0.shared_mlp.input_linear", "ffn"),  # Granite's
         ("model.visual.blocks.0.mlp.linear_fc2", "ffn"),
         ("model.language_model.layers.0.mlp.ffw_layer_1", "ffn"),
+        ("roberta.encoder.layer.0.output.adapter_modules.en_XX.dense1", None),  # X-MOD's adapter of a language
         ("proj_out", None),
         ("model.layers.0.conv.in_proj", None),  # LFM2's convolution
         ("model.layers.0.conv.out_proj", None),
