@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
+from mpocli.hf.values import read_mpo
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import Sink
 from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger
 from mpocli.methods.device import device_of
-from mpocli.methods.merge import read_mpo
 from mpocli.methods.solution import Solution
 from mpocli.mpo import (
     MPO,

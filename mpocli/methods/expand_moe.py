@@ -20,6 +20,7 @@ from mpocli.hf.matrices import select
 from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
+from mpocli.hf.values import read_mpo
 from mpocli.io.claim import writes_output
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
@@ -29,7 +30,6 @@ from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
-from mpocli.methods.merge import read_mpo
 from mpocli.methods.moe_plan import Network, networks, placed
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpocli.hf.targets import Weight
+from mpocli.hf.values import read_mpo
 from mpocli.io.checkpoint import CheckpointReader
-from mpocli.methods.merge import read_mpo
 from mpocli.mpo import MPO, bond_spectra, entropy_nats, site_shape
 
 # A dense tensor with fewer zeros than this part has them by chance.

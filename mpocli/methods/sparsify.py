@@ -132,13 +132,13 @@ def run(
     with output_directory(out) as work:
         if config.data is not None and config.data.tokenizer:
             load_tokenizer(checkpoint.source.directory, config.data.tokenizer).save_pretrained(work)
-        manifest, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
+        manifest, totals, tensors = write_sparse(work, checkpoint, config, targets, prune, progress=progress)
         written = Checkpoint.open(str(work), trust_remote_code=config.trust_remote_code)
         after, tested = (_measure(written, config, split, progress) for split in ("eval", "test"))
         if after:
             add_metrics(work, checkpoint, manifest, after)
     return replace(
-        _report(str(out), config, checkpoint, tensors, tuple(kept), manifest.totals or checkpoint.totals()),
+        _report(str(out), config, checkpoint, tensors, tuple(kept), totals),
         seconds=time.perf_counter() - started,
         metrics=after,
         metrics_before=before,

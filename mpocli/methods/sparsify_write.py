@@ -1,4 +1,4 @@
-"""Go through a checkpoint's files once and write some tensors pruned, packed as bitmask and values."""
+"""What becomes of a tensor that is pruned, and of the checkpoint around it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.io.encodings.base import Encoding
+from mpocli.hf.targets import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
-from mpocli.io.manifest import MANIFEST, Manifest
-from mpocli.io.signpost import SIGNPOST, add_signpost
-from mpocli.io.writer import CheckpointWriter
+from mpocli.io.manifest import MANIFEST, Manifest, Totals
+from mpocli.methods.rewrite import Progress, Rewriting, Stored, as_stored
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
 from mpocli.sparse import global_masks, zeros_in
 
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """One pruned tensor as it is stored: `sparsity` = zeros / entries, `bytes` of its bitmask and values."""
+    """One pruned tensor as it is stored: `sparsity` = zeros / entries, `bytes` as stored."""
 
     name: str
     role: str | None
@@ -49,13 +46,9 @@ def described(target: Target, stored: Tensor, storage: str, itemsize: int | None
         entries=entries,
         zeros=zeros,
         sparsity=zeros / entries,
-        bytes=_encoding(target, storage).nbytes(zeros, itemsize),
+        bytes=(Dense if storage == Dense.name else Bitmask)(target.shape).nbytes(zeros, itemsize),
         dense_bytes=entries * itemsize,
     )
-
-
-def _encoding(target: Target, storage: str, pattern: str = "unstructured") -> Encoding:
-    return Bitmask(target.shape, pattern) if storage == Bitmask.name else Dense(target.shape)
 
 
 def magnitude_pruner(
@@ -94,53 +87,35 @@ def write_sparse(
     prune: Callable[[Target, Tensor], Tensor],
     *,
     progress: Progress | None = None,
-) -> tuple[Manifest, tuple[SparseTensor, ...]]:
-    """The checkpoint with every target pruned, one tensor in memory at a time beside what `prune` holds."""
-    jobs = {target.key: target for target in targets}
-    before = checkpoint.encodings
+) -> tuple[Manifest, Totals, tuple[SparseTensor, ...]]:
+    """The checkpoint with every target pruned, one weight in memory at a time beside what `prune` holds."""
+    by_weight = {target.weight.name: target for target in targets}
     made: dict[str, SparseTensor] = {}
-    is_packed = config.storage != Dense.name
-    encodings = dict(before) if is_packed else {}
-    with CheckpointWriter(work, config.max_shard_bytes) as writer:
-        for key in checkpoint.reader:
-            if key == SIGNPOST:
-                continue
-            tensor, target = checkpoint.reader.read(key), jobs.get(key)
-            encoding = checkpoint.reader.encoding(key) if is_packed else Dense(tuple(tensor.shape))
-            if target is not None:
-                tensor = prune(target, tensor)
-                made[target.name] = described(target, tensor, config.storage)
-                encoding = _encoding(target, config.storage, str(config.pattern))
-                if is_packed:
-                    encodings.pop(checkpoint.reader.encoded.get(key, ""), None)
-                    encodings[target.name] = encoding.stored_as(target.name, key)
-                if progress:
-                    progress(len(made), len(jobs), target.name)
-            for part, stored in encoding.encode(key, tensor).items():
-                writer.add(part, stored)
-        cores = {target.module for target in targets if target.layout == "core"}
-        structure = Manifest(
-            modules=tuple(
-                replace(entry, relative_error=None, discarded_weight=None, center=None)
-                if entry.name in cores
-                else entry
-                for entry in (checkpoint.manifest.modules if checkpoint.manifest else ())
-            ),
-            encodings=encodings,
-            routing=checkpoint.routing,
-        )
-        if structure.needs_plugin:
-            add_signpost(writer, structure.quantization_config())
-        files = writer.finish()
-    totals = checkpoint.totals(size=sum(file.stat().st_size for file in files))
-    manifest = replace(
-        structure,
-        base_model=checkpoint.base_model(),
-        totals=totals,
-        history=checkpoint.history("sparsify", config.recorded(), config.optimisation.seed),
+
+    def pruned(weight: Weight) -> Stored:
+        target, before = by_weight[weight.name], as_stored(checkpoint.reader, weight)
+        tensor = prune(target, before.tensors[target.leaf])
+        made[target.name] = described(target, tensor, config.storage)
+        entry = weight.entry
+        if entry is not None:
+            entry = replace(entry, relative_error=None, discarded_weight=None, center=None)
+        encodings = before.encodings | {target.leaf: Bitmask(target.shape, str(config.pattern))}
+        return Stored(before.tensors | {target.leaf: tensor}, entry, {} if config.storage == Dense.name else encodings)
+
+    def tell(done: int, total: int, weight: str) -> None:
+        if progress:
+            progress(done, total, by_weight[weight].name)
+
+    rewriting = Rewriting(
+        checkpoint,
+        [target.weight for target in targets],
+        pruned,
+        unpacks=config.storage == Dense.name,
+        progress=tell,
     )
-    write_surroundings(work, checkpoint, manifest)
-    return manifest, tuple(made[target.name] for target in targets)
+    options, seed = config.recorded(), config.optimisation.seed
+    manifest, totals = rewriting.write(work, "sparsify", options, seed, config.max_shard_bytes)
+    return manifest, totals, tuple(made[target.name] for target in targets)
 
 
 def add_metrics(work: Path, checkpoint: Checkpoint, manifest: Manifest, metrics: dict[str, float]) -> None:

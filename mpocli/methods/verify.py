@@ -19,12 +19,12 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.settled import settled
 from mpocli.hf.targets import Weight
+from mpocli.hf.values import dense_experts, read_mpo
 from mpocli.io.differences import differences, leaves
 from mpocli.io.digest import file_sha256
 from mpocli.io.json_file import read_json
 from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, read_manifest
 from mpocli.io.model_files import unlisted_files
-from mpocli.methods.merge import dense_experts, read_mpo
 from mpocli.mpo import Truncation, canonical_defect, decompose, norm_squared, stored_error
 
 Progress = Callable[[int, int, str], None]
