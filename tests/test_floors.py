@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,39 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
     names = {str(file.relative_to(ROOT / "mpocli")): file for file in files}
     assert {name.partition("/")[0].removesuffix(".py") for name in names} <= {*FLOORS, "__init__", "__main__"}
     assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Files that import one another in a ring, by their paths inside `mpocli/`; none of them: an empty list.
+
+    Imports inside functions and for types alone count: who reads the one file has to read the other.
+    """
+
+    def file_of(module: str) -> str:
+        parts = module.split(".")[1:]
+        while parts:
+            for name in ("/".join(parts) + ".py", "/".join([*parts, "__init__.py"])):
+                if name in sources:
+                    return name
+            parts.pop()
+        return "__init__.py"
+
+    arrows = {
+        file: {file_of(found.module) for found in imports(text, file) if found.module.startswith("mpocli.")} - {file}
+        for file, text in sources.items()
+    }
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    files = {str(file.relative_to(ROOT / "mpocli")): file.read_text() for file in (ROOT / "mpocli").rglob("*.py")}
+    assert circle(files) == []
+    closed = files | {"mpo/shape.py": files["mpo/shape.py"] + "\n\ndef late():\n    from mpocli.mpo import chain\n"}
+    assert {"mpo/shape.py", "mpo/chain.py"} <= set(circle(closed))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from mpocli.io.manifest import MANIFEST, Manifest, Totals
 from mpocli.io.signpost import check_seal
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = "README.md"
@@ -67,14 +66,6 @@ class Checkpoint(Metadata[CheckpointReader]):
     def architecture(self) -> str:
         """The class it was saved from, `AutoModel` where that is not said."""
         return _architecture(self.config_json)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Of most of its elements."""
-        sizes: dict[torch.dtype, int] = {}
-        for spec in self.reader.specs.values():
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
-        return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))
 
     @property
     def is_mpo(self) -> bool:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mpocli.hf.metadata import Metadata
 from mpocli.hf.skeleton import file_keys
+from mpocli.io.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mpocli.hf.artifact import Checkpoint
-
 Dtypes = Mapping[str, torch.dtype]
 
 
-def stored_dtypes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+def stored_dtypes(model: PreTrainedModel, checkpoint: Metadata[CheckpointReader]) -> dict[str, torch.dtype]:
     """Of every floating-point tensor in the state dict of a model that was loaded from a checkpoint, by name.
 
     Files may hold several (bfloat16 with float32 norms). A new core has that of the matrix that it stands for, a new
@@ -38,7 +38,7 @@ def stored_dtypes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, t
         if name not in found and tensor.is_floating_point():
             weight = f"{name.rpartition('.')[0]}.weight"
             # What is tied is stored under another name.
-            found[name] = by_tensor.get(id(tensor)) or found.get(weight) or checkpoint.stored_dtype
+            found[name] = by_tensor.get(id(tensor)) or found.get(weight) or reader.main_dtype
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,14 @@ class CheckpointReader(StoredTensors[torch.dtype]):
             raise InputError(
                 f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
             ) from error
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """That of most elements."""
+        sizes: Counter[torch.dtype] = Counter()
+        for spec in self.specs.values():
+            sizes[spec.dtype] += spec.numel
+        return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))
 
     @cached_property
     def sha256(self) -> str:

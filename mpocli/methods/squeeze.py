@@ -183,5 +183,5 @@ def _totals(model: Any, checkpoint: Checkpoint) -> Totals:
     """Of the model as it is loaded: a class with a head has parameters that the files of a bare body lack."""
     found = checkpoint.totals()
     more = sum(parameter.numel() for parameter in model.parameters()) - found.params
-    params, dense, size = found.params + more, found.dense_params + more, more * checkpoint.stored_dtype.itemsize
+    params, dense, size = found.params + more, found.dense_params + more, more * checkpoint.reader.main_dtype.itemsize
     return Totals(params, dense, params / dense, found.bytes + size, found.dense_bytes + size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from mpocli.mpo.chain import canonical, trimmed
 from mpocli.mpo.linalg import left_split, working_dtype
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.truncation import Truncation, TruncationError, choose_bond
@@ -17,25 +17,7 @@ def canonicalize(mpo: MPO, center: int | None = None) -> MPO:
     can carry. Left-canonical means Σ_{a,o,i} A[a,o,i,b] A[a,o,i,b'] = δ_bb'.
     """
     center = mpo.central if center is None else center
-    cores = [core.to(working_dtype(core.device)) for core in mpo.cores]
-    for k in range(center):
-        cores[k], cores[k + 1] = _shift_right(cores[k], cores[k + 1])
-    for k in range(len(cores) - 1, center, -1):
-        cores[k - 1], cores[k] = _shift_left(cores[k - 1], cores[k])
-    # QR hands back transposed views; cores are stored and joined row by row.
-    return MPO(tuple(core.contiguous() for core in cores), mpo.shape, center)
-
-
-def _shift_right(core: Tensor, neighbour: Tensor) -> tuple[Tensor, Tensor]:
-    bond, out, in_, _ = core.shape
-    q, r = torch.linalg.qr(core.reshape(bond * out * in_, -1))
-    return q.reshape(bond, out, in_, -1), torch.tensordot(r, neighbour, 1)
-
-
-def _shift_left(neighbour: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    _, out, in_, bond = core.shape
-    q, r = torch.linalg.qr(core.reshape(-1, out * in_ * bond).T)
-    return torch.tensordot(neighbour, r.T, 1), q.T.reshape(-1, out, in_, bond)
+    return MPO(canonical(mpo.cores, center), mpo.shape, center)
 
 
 def canonical_defect(mpo: MPO) -> float:
@@ -51,18 +33,6 @@ def canonical_defect(mpo: MPO) -> float:
         gram = flat.T @ flat
         worst = max(worst, float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()))
     return worst
-
-
-def trimmed(mpo: MPO) -> MPO:
-    """The same matrix without bonds wider than a neighbour can carry, canonical around the central core.
-
-    Caps given bond by bond leave such bonds: cutting one makes the next one partly idle. Cutting that one first
-    would lose more, so that it is done afterwards, where it loses nothing.
-    """
-    bonds = mpo.bond_dims
-    if bonds == mpo.site_shape.capped_bond_dims(bonds[1:-1]):
-        return mpo
-    return canonicalize(canonicalize(canonicalize(mpo, len(bonds) - 2), 0))
 
 
 def compress(mpo: MPO, truncation: Truncation) -> tuple[MPO, TruncationError]:
@@ -84,8 +54,8 @@ def compress(mpo: MPO, truncation: Truncation) -> tuple[MPO, TruncationError]:
         discarded.append(lost)
         cores[k] = basis[:, :kept].reshape(bond, out, in_, kept)
         cores[k + 1] = torch.tensordot(rest[:kept], cores[k + 1], 1)
-    truncated = canonicalize(MPO(tuple(cores), mpo.shape, n - 1))
-    return trimmed(truncated), TruncationError(tuple(discarded), norm_squared)
+    truncated = trimmed(canonical(cores, mpo.central))
+    return MPO(truncated, mpo.shape, mpo.central), TruncationError(tuple(discarded), norm_squared)
 
 
 def symmetric_gauge(mpo: MPO) -> MPO:

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from mpocli.mpo.canonical import trimmed
+from mpocli.mpo.chain import split
 from mpocli.mpo.contract import to_dense
-from mpocli.mpo.linalg import check_finite, left_split, working_dtype
+from mpocli.mpo.linalg import working_dtype
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
-from mpocli.mpo.truncation import Truncation, TruncationError, choose_bond
+from mpocli.mpo.truncation import Truncation, TruncationError
 
 # The rebuilt matrix is compared in about this many blocks of rows, so that it never stands in memory whole.
 _ERROR_BLOCKS = 8
@@ -35,39 +35,8 @@ def decompose(
     Computes in float64 on the matrix's device and returns cores of that dtype. Raises `InputError` for a matrix
     that is not finite or does not fit `sites`; `name` is how the message calls it.
     """
-    matrix = matrix.detach()
-    shape = (matrix.shape[0], matrix.shape[1])
-    sites.check_fits(shape, name)
-    check_finite(matrix, name)
-    tensor = by_site(matrix, sites)
-    norm_squared = float(torch.linalg.vector_norm(tensor)) ** 2
-    n, centre = sites.sites, sites.central
-    allowance = truncation.allowance(norm_squared, n - 1)
-    caps = truncation.caps(sites)
-    cores: list[Tensor | None] = [None] * n
-    discarded = [0.0] * (n - 1)
-
-    bond = 1
-    for k in range(centre):  # left of the centre: split rows (χ · o_k · i_k) off
-        tensor = tensor.reshape(bond * sites.site_sizes[k], -1)
-        basis, rest, weights = left_split(tensor)
-        kept, discarded[k] = choose_bond(weights, caps[k + 1], allowance)
-        cores[k] = basis[:, :kept].reshape(bond, sites.out_dims[k], sites.in_dims[k], kept)
-        tensor, bond = rest[:kept], kept
-        del rest  # or it would stand beside its successor
-    left_bond, bond = bond, 1
-    for k in range(n - 1, centre, -1):  # right of the centre: split columns (o_k · i_k · χ) off
-        tensor = tensor.reshape(-1, sites.site_sizes[k] * bond).T
-        basis, rest, weights = left_split(tensor)
-        kept, discarded[k - 1] = choose_bond(weights, caps[k], allowance)
-        cores[k] = basis[:, :kept].T.reshape(kept, sites.out_dims[k], sites.in_dims[k], bond)
-        tensor, bond = rest[:kept].T, kept
-        del rest
-    cores[centre] = tensor.reshape(left_bond, sites.out_dims[centre], sites.in_dims[centre], bond)
-
-    # Slices of larger work arrays must not keep those alive.
-    owned = tuple(core.clone(memory_format=torch.contiguous_format) for core in cores if core is not None)
-    return trimmed(MPO(owned, shape, center=centre)), TruncationError(tuple(discarded), norm_squared)
+    cores, error = split(matrix, sites, truncation, name)
+    return MPO(cores, (matrix.shape[0], matrix.shape[1]), sites.central), error
 
 
 def stored_error(matrix: Tensor, mpo: MPO) -> tuple[float, float]:
@@ -90,12 +59,3 @@ def stored_error(matrix: Tensor, mpo: MPO) -> tuple[float, float]:
         block = to_dense([*cores[:central], cores[central][:, digits].to(wide), *cores[central + 1 :]])
         difference += float(block[inside, : mpo.shape[1]].sub_(target).square_().sum())
     return math.sqrt(difference), math.sqrt(norm)
-
-
-def by_site(matrix: Tensor, sites: SiteShape) -> Tensor:
-    """(O, I) → padded, float64, flat in the order (o_1, i_1, o_2, i_2, …)."""
-    padded = matrix.new_zeros(sites.padded_shape, dtype=working_dtype(matrix.device))
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    n = sites.sites
-    order = [axis for k in range(n) for axis in (k, n + k)]
-    return padded.reshape(*sites.out_dims, *sites.in_dims).permute(order).reshape(-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpocli.mpo.from_matrix import by_site
+from mpocli.mpo.chain import by_site
 from mpocli.mpo.linalg import working_dtype
 from mpocli.mpo.shape import SiteShape
 

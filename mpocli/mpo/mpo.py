@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import InputError
+from mpocli.mpo.chain import split
 from mpocli.mpo.contract import to_dense
 from mpocli.mpo.shape import SiteShape
 from mpocli.mpo.truncation import Truncation
@@ -49,9 +50,8 @@ class MPO:
         name: str = "matrix",
     ) -> MPO:
         """`decompose` without its error report."""
-        from mpocli.mpo.from_matrix import decompose  # builds on this class
-
-        return decompose(matrix, sites, truncation, name=name)[0]
+        cores, _ = split(matrix, sites, truncation, name)
+        return cls(cores, (matrix.shape[0], matrix.shape[1]), sites.central)
 
     @property
     def site_shape(self) -> SiteShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpocli.mpo.from_matrix import by_site
+from mpocli.mpo.chain import by_site
 from mpocli.mpo.linalg import left_split
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
