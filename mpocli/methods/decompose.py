@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.artifact import Checkpoint
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
-from mpocli.io.writer import CheckpointWriter, SpecCounter, plan_shards
 from mpocli.methods.compare import Compared
 from mpocli.methods.decompose_budget import decide
+from mpocli.methods.decompose_cores import Decomposer
 from mpocli.methods.decompose_plan import DecomposeConfig, plan
-from mpocli.methods.decompose_write import Decomposer, ModuleReport, Progress
+from mpocli.methods.decompose_report import ModuleReport, module_reports
 from mpocli.methods.inputs import paths_read
+from mpocli.methods.rewrite import Progress
 
 
 @dataclass(frozen=True)
@@ -67,40 +68,23 @@ def run(
             decision = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
             plans, compared = decision.plans, decision.compared
         # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
-        needs_data = not dry_run or bool(config.rel_tol)
-        worker = Decomposer(checkpoint, config, plans, progress, needs_data)
+        worker = Decomposer(checkpoint, config, plans, reads=not dry_run or bool(config.rel_tol))
+        rewriting, most = worker.rewriting(progress), config.max_shard_bytes
         if dry_run:
-            sink = SpecCounter()
-            worker.write(sink)
-            size = sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
-            totals = worker.totals(size)
+            manifest, totals = rewriting.dry_run(most)
         else:
-            totals = _written(out, checkpoint, config, worker)
+            with output_directory(out) as work:
+                manifest, totals = rewriting.write(work, "decompose", config.recorded(), config.seed, most)
     return DecomposeReport(
         out=None if dry_run else str(out),
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         totals=totals,
         before=checkpoint.totals(),
-        modules=worker.reports(),
-        filled=len(checkpoint.encodings) - len(worker.encodings),
+        modules=module_reports(plans, manifest, worker.kept, config.dtype),
+        filled=len(checkpoint.encodings) - len(manifest.encodings),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
         compared=compared,
     )
-
-
-def _written(out: Path, checkpoint: Checkpoint, config: DecomposeConfig, worker: Decomposer) -> Totals:
-    with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
-        worker.write(writer)
-        files = writer.finish()
-        totals = worker.totals(sum(file.stat().st_size for file in files))
-        manifest = replace(
-            worker.manifest(),
-            base_model=checkpoint.base_model(),
-            totals=totals,
-            history=checkpoint.history("decompose", config.recorded(), config.seed),
-        )
-        write_surroundings(work, checkpoint, manifest, dtype=config.dtype)
-    return totals

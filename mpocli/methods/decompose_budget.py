@@ -15,14 +15,14 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import Batch, Inputs, sequential
 from mpocli.hf.targets import Weight
-from mpocli.io.writer import SpecCounter, plan_shards
 from mpocli.methods.calibration_data import Batches, calibration_batches, fed, split_rows
 from mpocli.methods.compare import Compared, compare
+from mpocli.methods.decompose_cores import Decomposer
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
-from mpocli.methods.decompose_write import Decomposer, Progress
 from mpocli.methods.device import device_of
 from mpocli.methods.norms import Norms, load_model, measure
 from mpocli.methods.planner import Planner, Shapes
+from mpocli.methods.rewrite import Progress
 from mpocli.methods.sensitivity import sensitivities
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
@@ -148,9 +148,8 @@ def _hash(batches: Batches) -> str:
 
 def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:
     """The exact bytes of the weight files that these plans lead to."""
-    sink = SpecCounter()
-    Decomposer(checkpoint, config, plans, None, needs_data=False).write(sink)
-    return sum(shard.nbytes for shard in plan_shards(sink.specs, config.max_shard_bytes))
+    _, totals = Decomposer(checkpoint, config, plans, reads=False).rewriting().dry_run(config.max_shard_bytes)
+    return totals.bytes
 
 
 def _shaped(plan: WeightPlan, shape: tuple[SiteShape, tuple[int, ...]] | None) -> WeightPlan:

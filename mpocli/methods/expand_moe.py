@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
-from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.layout import layouts
 from mpocli.hf.matrices import select
 from mpocli.hf.routing import RoutingConfig
@@ -22,21 +22,20 @@ from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
 from mpocli.io.claim import writes_output
-from mpocli.io.encodings.dense import Dense
-from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec, Totals
+from mpocli.io.encodings.base import Encoding
+from mpocli.io.manifest import ModuleEntry, MPOSpec
 from mpocli.io.output import check_output, output_directory
-from mpocli.io.signpost import SIGNPOST, add_signpost
-from mpocli.io.writer import CheckpointWriter, Sink
 from mpocli.methods.decompose_plan import sites_of
+from mpocli.methods.expand_report import ExpandReport, experts_report
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
 from mpocli.methods.moe_plan import Network, networks, placed
+from mpocli.methods.rewrite import Progress, Rewriting, Stored
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions
 from mpocli.nn.experts import Place
 
-Progress = Callable[[int, int, str], None]
 DEFAULT_ROLES = ("ffn",)
 DEFAULT_SITES = 5
 
@@ -70,50 +69,6 @@ class ExpandConfig:
         return options | self.routing.to_dict()
 
 
-@dataclass(frozen=True)
-class ExpertsReport:
-    """What became of one matrix: elements of the core in common and of each expert's own, against n dense experts.
-
-    `relative_error` = ‖W−Ŵ‖_F/‖W‖_F of what is stored (0 for dense experts), None where that was not measured: with
-    noise, and of cores that were trained before. `size_ratio` = stored / n dense ones.
-    """
-
-    name: str
-    role: str | None
-    action: str
-    place: str
-    shape: tuple[int, int]
-    shared_params: int
-    own_params: int
-    router_params: int
-    params: int
-    dense_params: int
-    dense_experts_params: int
-    size_ratio: float
-    relative_error: float | None
-    out_dims: tuple[int, ...]
-    in_dims: tuple[int, ...]
-    bond_dims: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ExpandReport:
-    """`totals` of the whole model now and `before`; `dense_experts_params` what it would have with n dense experts."""
-
-    out: str
-    seconds: float
-    experts: int
-    share: str
-    routing: dict[str, Any]
-    networks: int
-    modules: tuple[ExpertsReport, ...]
-    kept: tuple[Kept, ...]
-    totals: Totals
-    before: Totals
-    router_params: int
-    dense_experts_params: int
-
-
 @writes_output
 def run(
     model: str,
@@ -136,6 +91,38 @@ def run(
     checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     check_output(out, paths_read(checkpoint.source.directory, config), overwrite=overwrite)
     before = checkpoint.totals()
+    found, kept = _chosen(checkpoint, config)
+    _check_touched(config, found)
+    found, kept, length_first = _placed(checkpoint, found, kept)
+    config = replace(config, routing=replace(config.routing, length_first=length_first))
+    config = _with_one_routing(checkpoint, config)
+    worker = _Expander(checkpoint, config, found)
+    routing = config.routing.to_dict()
+    rewriting = Rewriting(checkpoint, worker.weights, worker.stored, routing=routing, progress=progress)
+    with output_directory(out) as work:
+        options = config.recorded()
+        manifest, totals = rewriting.write(work, "expand-moe", options, config.seed, config.max_shard_bytes)
+    reports = tuple(experts_report(weight, manifest.by_name[weight.name]) for weight in worker.weights)
+    router_params = sum(report.router_params for report in reports)
+    dense = sum(report.dense_experts_params - report.params + report.router_params for report in reports)
+    return ExpandReport(
+        out=str(out),
+        seconds=time.perf_counter() - started,
+        experts=config.experts,
+        share=config.share or "dense",
+        routing=routing,
+        networks=len(found),
+        modules=reports,
+        kept=tuple(kept),
+        totals=totals,
+        before=before,
+        router_params=router_params,
+        dense_experts_params=totals.params + dense,  # which are routed too
+    )
+
+
+def _chosen(checkpoint: Checkpoint, config: ExpandConfig) -> tuple[list[Network], list[Kept]]:
+    """The networks that the options choose, and what is kept."""
     chosen = select(
         checkpoint.survey.weights,
         layers=config.layers,
@@ -155,40 +142,7 @@ def run(
                 target_option="--shape",
             )
             raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
-    _check_touched(config, found)
-    found, kept, length_first = _placed(checkpoint, found, kept)
-    config = replace(config, routing=replace(config.routing, length_first=length_first))
-    config = _with_one_routing(checkpoint, config)
-    worker = _Expander(checkpoint, config, found, progress)
-    with output_directory(out) as work, CheckpointWriter(work, config.max_shard_bytes) as writer:
-        worker.write(writer)
-        size = sum(file.stat().st_size for file in writer.finish())
-        saved = sum(entry.spec.dense_params - entry.spec.params for entry in worker.entries())
-        totals = checkpoint.totals(checkpoint.survey.dense_params - saved, size)
-        manifest = replace(
-            worker.manifest(),
-            base_model=checkpoint.base_model(),
-            totals=totals,
-            history=checkpoint.history("expand-moe", config.recorded(), config.seed),
-        )
-        write_surroundings(work, checkpoint, manifest)
-    reports = tuple(worker.reports())
-    router_params = sum(report.router_params for report in reports)
-    dense = sum(report.dense_experts_params - report.params + report.router_params for report in reports)
-    return ExpandReport(
-        out=str(out),
-        seconds=time.perf_counter() - started,
-        experts=config.experts,
-        share=config.share or "dense",
-        routing=config.routing.to_dict(),
-        networks=len(found),
-        modules=reports,
-        kept=tuple(kept),
-        totals=totals,
-        before=before,
-        router_params=router_params,
-        dense_experts_params=totals.params + dense,  # which are routed too
-    )
+    return found, kept
 
 
 def _placed(checkpoint: Checkpoint, found: list[Network], kept: list[Kept]) -> tuple[list[Network], list[Kept], bool]:
@@ -243,96 +197,61 @@ def _with_one_routing(checkpoint: Checkpoint, config: ExpandConfig) -> ExpandCon
 
 
 class _Expander:
-    """Goes through the files once, in their order, and writes experts where they are planned."""
+    """Makes the layer of all experts out of one matrix, and each network's router with the first of its layers."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, config: ExpandConfig, found: list[Network], progress: Progress | None
-    ) -> None:
-        self.checkpoint, self.config, self.progress = checkpoint, config, progress
-        self.jobs: dict[str, tuple[Weight, Place, str | None]] = {}
-        for network in found:
-            owner = network.first[0].name
-            for weight in network.weights:
-                place: Place = "out" if weight is network.last else "in"
-                assert weight.key is not None
-                self.jobs[weight.key] = weight, place, None if weight.name == owner else owner
-        self.done: dict[str, ModuleEntry] = {}
-        # A pruned core stays packed where it is the one that all experts share.
-        lost = {
-            f"{weight.name}.{part}"
-            for weight, _, _ in self.jobs.values()
-            for part in ("weight", *(weight.entry.spec.core_shapes() if weight.entry else ()))
-            if weight.entry is None or config.share != "central" or part != f"core_{weight.entry.spec.sites.central}"
-        }
-        self.encodings = {name: entry for name, entry in checkpoint.encodings.items() if name not in lost}
+    def __init__(self, checkpoint: Checkpoint, config: ExpandConfig, found: Sequence[Network]) -> None:
+        self.reader, self.config = checkpoint.reader, config
+        self.weights = [weight for network in found for weight in network.weights]
+        self.places: dict[str, Place] = {network.last.name: "out" for network in found}
+        self.routers = {weight.name: network.first[0].name for network in found for weight in network.weights}
 
-    def write(self, sink: Sink) -> None:
-        reader = self.checkpoint.reader
-        gone = {
-            weight.key_of(part)
-            for weight, _, _ in self.jobs.values()
-            if weight.entry is not None
-            for part in weight.entry.spec.stored_shapes()
-        }
-        for key in reader:
-            if key == SIGNPOST or key in gone:
-                continue
-            if key not in self.jobs:
-                for part, stored in reader.encoding(key).encode(key, reader.read(key)).items():
-                    sink.add(part, stored)
-                continue
-            weight, place, router = self.jobs[key]
-            for name, tensor in self._expanded(weight, place, router).items():
-                # A core that was pruned before, or Dense
-                encoding = self.encodings.get(f"{weight.name}.{name}", Dense(tuple(tensor.shape)))
-                for part, stored in encoding.encode(weight.key_of(name), tensor).items():
-                    sink.add(part, stored)
-            if self.progress:
-                self.progress(len(self.done), len(self.jobs), weight.name)
-        add_signpost(sink, self.manifest().quantization_config())
-
-    def _expanded(self, weight: Weight, place: Place, router: str | None) -> dict[str, Tensor]:
-        """The tensors to store for one matrix, without its bias."""
-        config, dtype = self.config, weight.dtype
+    def stored(self, weight: Weight) -> Stored:
+        """All that is stored of one matrix, its bias apart."""
+        config, dtype, place = self.config, weight.dtype, self.places.get(weight.name, "in")
+        router = None if self.routers[weight.name] == weight.name else self.routers[weight.name]
         # By the matrix's name: what is drawn for it does not depend on what else was chosen.
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + crc32(weight.name.encode())) % 2**63)
-        tensors: dict[str, Tensor] = {}
         options: dict[str, Any] = {"experts": config.experts, "place": place, "dtype": dtype}
         error: float | None = 0.0
         if config.share is None:
-            matrix = self._matrix(weight)
-            dense = DenseExperts.from_matrix(matrix, **options)
+            dense = DenseExperts.from_matrix(self._matrix(weight), **options)
             dense.perturb(config.noise, generator)
-            tensors["weight"] = dense.weight.detach()
+            tensors = {"weight": dense.weight.detach()}
             rows, columns = weight.shape
             spec = MPOSpec(weight.kind, weight.shape, (rows, 1), (1, columns), (1, 1, 1))
         else:
             mpo, error = self._mpo(weight)
             layer = MPOExperts.from_mpo(mpo, share=config.share, **options)
             layer.perturb(config.noise, generator)
-            tensors |= {f"core_{k}": core.detach() for k, core in enumerate(layer.cores)}
-            tensors["weight"] = torch.zeros(1, dtype=dtype)
+            tensors = {f"core_{k}": core.detach() for k, core in enumerate(layer.cores)}
             spec = MPOSpec(weight.kind, weight.shape, mpo.site_shape.out_dims, mpo.site_shape.in_dims, mpo.bond_dims)
         if router is None:
             made = Router(weight.shape[1], config.experts, config.routing.router, generator=generator, dtype=dtype)
             tensors |= {"router.weight": made.weight.detach(), "router.bias": made.bias.detach()}
         spec = replace(spec, experts=config.experts, share=config.share or "dense", place=place, router=router)
-        self.done[weight.name] = ModuleEntry(
-            weight.name, weight.role, spec, dtype_name(dtype), relative_error=None if config.noise else error
-        )
-        return tensors
+        measured = None if config.noise else error
+        entry = ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype), relative_error=measured)
+        return Stored(tensors, entry, self._encodings(weight))
+
+    def _encodings(self, weight: Weight) -> dict[str, Encoding]:
+        """A pruned core stays packed where it is the one that all experts share."""
+        if weight.entry is None or self.config.share != "central":
+            return {}
+        leaf = f"core_{weight.entry.spec.sites.central}"
+        key = weight.key_of(leaf)
+        return {leaf: self.reader.encoding(key)} if key in self.reader.encoded else {}
 
     def _matrix(self, weight: Weight) -> Tensor:
         if weight.entry is not None:
-            mpo = read_mpo(self.checkpoint.reader, weight)
+            mpo = read_mpo(self.reader, weight)
             return mpo.to(dtype=torch.float64).to_matrix().to(weight.dtype)
         assert weight.key is not None
-        return weight.oriented(self.checkpoint.reader.read(weight.key))
+        return weight.oriented(self.reader.read(weight.key))
 
     def _mpo(self, weight: Weight) -> tuple[MPO, float | None]:
         """The stored cores, or a decomposition of the matrix; and its relative error as it will be stored, if known."""
         if weight.entry is not None:
-            return read_mpo(self.checkpoint.reader, weight), weight.entry.relative_error
+            return read_mpo(self.reader, weight), weight.entry.relative_error
         assert weight.key is not None
         matrix, name = self._matrix(weight), weight.key
         sites = sites_of(weight, self.config.shapes, self.config.sites or DEFAULT_SITES)
@@ -340,43 +259,3 @@ class _Expander:
         stored = MPO(tuple(cast(core, weight.dtype, name) for core in mpo.cores), mpo.shape)
         difference, norm = stored_error(matrix, stored)
         return stored, difference / norm if norm else 0.0
-
-    def manifest(self) -> Manifest:
-        """The structure of what was written: no history, no totals."""
-        return Manifest(modules=tuple(self.entries()), encodings=self.encodings, routing=self.config.routing.to_dict())
-
-    def entries(self) -> Iterator[ModuleEntry]:
-        """Manifest entries of the output, in the model's order."""
-        before = self.checkpoint.manifest.by_name if self.checkpoint.manifest else {}
-        for weight in self.checkpoint.survey.weights:
-            if weight.name in self.done:
-                yield self.done[weight.name]
-            else:
-                yield from (before[member.name] for member in weight.members if member.name in before)
-
-    def reports(self) -> Iterator[ExpertsReport]:
-        for weight, place, _ in self.jobs.values():
-            entry = self.done[weight.name]
-            spec = entry.spec
-            own = spec.share != "central"
-            cores = spec.central_params + spec.auxiliary_params
-            weights = cores if spec.share != "dense" else spec.experts * weight.dense_params
-            shared = 0 if own else spec.central_params
-            yield ExpertsReport(
-                name=weight.name,
-                role=weight.role,
-                action="experts",
-                place=place,
-                shape=weight.shape,
-                shared_params=shared,
-                own_params=(weights - shared) // spec.experts,
-                router_params=spec.params - weights,
-                params=spec.params,
-                dense_params=weight.dense_params,
-                dense_experts_params=spec.experts * weight.dense_params,
-                size_ratio=weights / (spec.experts * weight.dense_params),
-                relative_error=entry.relative_error,
-                out_dims=spec.out_dims,
-                in_dims=spec.in_dims,
-                bond_dims=spec.bond_dims,
-            )

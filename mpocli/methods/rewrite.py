@@ -37,6 +37,11 @@ class Stored:
     encodings: dict[str, Encoding] = field(default_factory=dict)
 
 
+def stored_dtype(own: torch.dtype, wanted: str | None) -> torch.dtype:
+    """What a tensor is stored in, where all floating-point ones are to be in `wanted`."""
+    return getattr(torch, wanted) if wanted and own.is_floating_point else own
+
+
 def as_stored(reader: CheckpointReader, weight: Weight) -> Stored:
     """What the files hold of a weight now: the matrix, or its cores."""
     leaves = list(weight.entry.spec.core_shapes()) if weight.entry else []
@@ -111,6 +116,7 @@ class Rewriting:
             if stored is not None:
                 made[weight.name] = stored.entry
                 encodings |= _add(sink, weight, stored)
+                del stored  # before the next weight is read
                 continue
             for name in (key, *_other_keys(weight)):
                 if name in self.checkpoint.reader:
@@ -124,10 +130,8 @@ class Rewriting:
     def _keep(self, sink: Sink, key: str) -> dict[str, Encoding]:
         """Add a tensor that stays what it is; returns its encoding by its entry's name, nothing for a dense one."""
         reader = self.checkpoint.reader
-        dtype = reader.specs[key].dtype
         is_parameter = key not in self.checkpoint.survey.other_keys
-        if self.dtype and is_parameter and dtype.is_floating_point:
-            dtype = getattr(torch, self.dtype)
+        dtype = stored_dtype(reader.specs[key].dtype, self.dtype if is_parameter else None)
         encoding = Dense(reader.specs[key].shape) if self.unpacks else reader.encoding(key)
         if self.reads:
             tensor = reader.read(key)

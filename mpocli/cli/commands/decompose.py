@@ -19,7 +19,7 @@ from mpocli.modes import ALWAYS, Without, excludes, needs, of_role
 if TYPE_CHECKING:
     from mpocli.methods.compare import Compared
     from mpocli.methods.decompose import DecomposeReport
-    from mpocli.methods.decompose_write import ModuleReport
+    from mpocli.methods.decompose_report import ModuleReport
 
 SIZE = "How far to truncate"
 WHICH = "Which matrices"

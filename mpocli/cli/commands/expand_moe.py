@@ -25,7 +25,7 @@ from mpocli.modes import ALWAYS, Condition, excludes
 
 if TYPE_CHECKING:
     from mpocli.hf.routing import RoutingConfig
-    from mpocli.methods.expand_moe import ExpandReport, ExpertsReport
+    from mpocli.methods.expand_report import ExpandReport, ExpertsReport
 
 WHAT = "What becomes experts"
 ROUTER = "How tokens are routed"
