@@ -177,6 +177,10 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         Counted by the rule that weights each batch's loss, not by transformers', which knows by the name of a class
         whether its loss shifts labels (and does not know GPT-2's).
         """
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, in the midst of an epoch: transformers would take another one.
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [predictions(batch["labels"], next_token=self.next_token) for batch in batches]
         if not counts:

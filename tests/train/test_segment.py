@@ -193,6 +193,18 @@ def test_a_resumed_segment_ends_with_the_same_bits(pair, tmp_path: Path) -> None
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_segment_that_is_resumed_after_its_last_step_takes_no_other(steps: int, pair, tmp_path: Path) -> None:
+    """At an epoch's end (six steps) and in the midst of one."""
+    train_segment(trainer(load(pair[1]), tmp_path, steps=steps))
+    end = last_checkpoint(tmp_path)
+    assert end is not None and end.name == f"checkpoint-{steps}"
+    made = trainer(load(pair[1]), tmp_path, steps=steps)
+    made.add_callback(MetricsFile(tmp_path / "metrics.jsonl"))
+    train_segment(made, end)
+    assert made.state.global_step == steps and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     for step, text in ((3, '{"global_step": 3}'), (6, '{"global_ste'), (9, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
