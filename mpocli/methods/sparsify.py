@@ -23,7 +23,8 @@ from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_opt
 from mpocli.methods.sparsify_plan import plan
 from mpocli.methods.sparsify_write import SparseTensor, add_metrics, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare
-from mpocli.methods.training.directory import begin
+from mpocli.methods.training.begin import begin
+from mpocli.methods.training.run import load
 from mpocli.methods.training.student import load_student
 
 Progress = Callable[[int, int, str], None]
@@ -90,25 +91,25 @@ def run(
     started = time.perf_counter()
     check_options(config)
     if config.trains:
-        begun = begin(model, config, out, overwrite=overwrite, resume=resume)
-        checkpoint = begun.checkpoint
-        targets, kept = plan(checkpoint, config)
-        trained = sparsify_train.run(begun, config, targets, out, progress=progress, warn=warn)
-        done = _report(str(out), config, checkpoint, trained.tensors, tuple(kept), trained.totals)
+        setup = begin(model, config, out, overwrite=overwrite, resume=resume)
+        targets, kept = plan(setup.checkpoint, config)
+        training = load(setup, progress=progress, warn=warn)
+        trained, found = sparsify_train.run(training, config, targets)
+        done = _report(str(out), config, setup.checkpoint, trained.tensors, tuple(kept), found.totals)
         return replace(
             done,
             seconds=time.perf_counter() - started,
-            metrics=trained.metrics,
+            metrics=found.metrics,
             metrics_before=trained.metrics_before,
-            test_metrics=trained.test_metrics,
+            test_metrics=found.test_metrics,
             trainable_params=sum(trained.trainable_by_kind.values()),
             trainable_by_kind=trained.trainable_by_kind,
             dense_and_scores=trained.dense_and_scores,
-            steps=trained.steps,
-            step_seconds=trained.step_seconds,
-            resumed_from=trained.resumed_from,
-            truncated=trained.truncated,
-            is_writer=trained.is_writer,
+            steps=training.steps,
+            step_seconds=training.step_seconds,
+            resumed_from=setup.resumed_from,
+            truncated=training.data.truncated,
+            is_writer=found.is_writer,
         )
     if resume:
         raise UsageError("--resume: pruning at once leaves nothing to resume", hint="run without it")

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpocli.errors import InputError, UsageError
-from mpocli.hf.artifact import Checkpoint, write_trained
-from mpocli.hf.stored import round_to, stored_dtypes
-from mpocli.io.claim import discard, writes_output
+from mpocli.hf.artifact import Checkpoint
+from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
-from mpocli.io.output import output_directory
 from mpocli.methods.squeeze_config import SqueezeConfig, check_options, target_params
 from mpocli.methods.squeeze_rounds import Squeezer, Watch
-from mpocli.methods.squeeze_state import RECORDS, RoundRecord, load_round, write_records
-from mpocli.methods.task_data import TaskData, check_trained_head, evaluate, prepare
-from mpocli.methods.training.directory import begin, reports_beside, run_directory
+from mpocli.methods.squeeze_state import RECORDS, Progressed, RoundRecord, load_round, write_records
+from mpocli.methods.training.begin import begin
+from mpocli.methods.training.run import TrainingRun, load
 from mpocli.methods.training.state import last_state
-from mpocli.methods.training.student import check_finite, count_trainable, load_student
-from mpocli.train.processes import set_seed
+from mpocli.methods.training.student import count_trainable, load_student
 from mpocli.train.updates import set_recompute, set_update
 
 
@@ -75,8 +70,41 @@ def run(
     started = time.perf_counter()
     watch = watch or Watch()
     check_options(config)
-    begun = begin(model, config, out, overwrite=overwrite, resume=resume)
-    checkpoint, device, state, training = begun.checkpoint, begun.device, begun.state, begun.training
+    setup = begin(model, config, out, overwrite=overwrite, resume=resume)
+    _check(setup.checkpoint, config, model)
+    needs_train = config.finetune_steps > 0 or config.order == "sensitivity"
+    training = load(setup, steps=config.finetune_steps, needs_train=needs_train, makes_head=False, progress=watch.step)
+    done = train(training, config, watch)
+    kept = done.kept
+    written = training.write(
+        "squeeze",
+        metrics=kept.metrics if kept else done.progressed.before,
+        recorded={"kept_round": done.progressed.kept},
+        more={"rounds": [asdict(record) for record in done.progressed.records]},
+        beside=lambda work: write_records(work / RECORDS, done.progressed.records),
+    )
+    return SqueezeReport(
+        out=str(out),
+        seconds=time.perf_counter() - started,
+        rounds=done.progressed.records,
+        kept_round=done.progressed.kept,
+        stopped=done.stopped,
+        target_met=None if done.target is None else (kept.params if kept else done.totals_before.params) <= done.target,
+        target_params=done.target,
+        metric=training.data.task.main_metric,
+        reference=done.reference,
+        metrics=kept.metrics if kept else done.progressed.before,
+        metrics_before=done.progressed.before,
+        test_metrics=written.test_metrics,
+        trainable_params=count_trainable(training.student)[0],
+        totals_before=done.totals_before,
+        totals=written.totals,
+        resumed_from=done.resumed_from,
+        is_writer=written.is_writer,
+    )
+
+
+def _check(checkpoint: Checkpoint, config: SqueezeConfig, model: str) -> None:
     if not checkpoint.is_mpo:
         raise InputError(f"{model}: has no MPOs to squeeze", hint="run mpocli decompose, then mpocli finetune")
     if checkpoint.routing:
@@ -89,91 +117,54 @@ def run(
             hint="squeeze first, then run mpocli sparsify",
         )
     checkpoint.totals()  # names the module where files and config disagree, which loading would not
-    data = prepare(checkpoint, config.data, needs_train=config.finetune_steps > 0 or config.order == "sensitivity")
-    check_trained_head(checkpoint, data)
-    if not data.eval:
+    if not config.data.eval:
         raise UsageError("squeeze needs --eval FILE: it decides on development data", hint="name the dev split")
 
-    set_seed(config.optimisation.seed)
-    student = _student(checkpoint, data, config, device)
-    before = _totals(student, checkpoint)
+
+@dataclass(frozen=True)
+class _Squeezed:
+    """All rounds, why there was no further one, and what they were measured by."""
+
+    progressed: Progressed
+    stopped: str
+    target: int | None
+    reference: float
+    totals_before: Totals
+    resumed_from: int
+
+    @property
+    def kept(self) -> RoundRecord | None:
+        """The last round inside the allowed drop, None where the model is as it came."""
+        return self.progressed.records[self.progressed.kept - 1] if self.progressed.kept else None
+
+
+def train(run: TrainingRun, config: SqueezeConfig, watch: Watch) -> _Squeezed:
+    """Squeeze the student round by round, in the end to the one that is kept."""
+    checkpoint, metric = run.checkpoint, run.data.task.main_metric
+    run.student = _ready(run.student, run, config)
+    before = _totals(run.student, checkpoint)
     itemsize = min(weight.dtype.itemsize for weight in checkpoint.survey.weights if weight.entry is not None)
     target = target_params(config, before, itemsize)
-    squeezer = Squeezer(student, config, checkpoint, data, training, target, before, device, watch)
-    state.wait_for_everyone()
-    with (
-        reports_beside(out, config.optimisation.report_to),
-        run_directory(
-            training,
-            begun.options,
-            files=(RECORDS,),
-            begins=not begun.goes_on,
-            writes=state.is_main_process,
-        ),
-    ):
-        state.wait_for_everyone()
-        done = last_state(training) if begun.goes_on else None
-        progressed = squeezer.begin() if done is None else load_round(training, done, student)
-        if state.is_main_process and watch.round:
+    squeezer = Squeezer(run, config, target, before, watch)
+    with run.underway(RECORDS):
+        done = last_state(run.directory) if run.setup.goes_on else None
+        progressed = squeezer.begin() if done is None else load_round(run.directory, done, run.student)
+        if run.is_writer and watch.round:
             for record in progressed.records:  # those of before the kill
-                watch.round(record, data.task.main_metric)
+                watch.round(record, metric)
         stopped = squeezer.stopped(progressed)
         while stopped is None:
-            progressed, stopped = squeezer.round(progressed, writes=state.is_main_process)
-        state.wait_for_everyone()
+            progressed, stopped = squeezer.round(progressed)
         if not progressed.kept:
-            student = _student(checkpoint, data, config, device)
+            came = load_student(checkpoint, run.data, trust_remote_code=config.trust_remote_code)
+            run.student = _ready(came, run, config)
         elif progressed.kept != len(progressed.records) or stopped == "not-finite":
-            load_round(training, progressed.kept, student)
-        state.wait_for_everyone()
-    kept = progressed.records[progressed.kept - 1] if progressed.kept else None
-    report = SqueezeReport(
-        out=str(out),
-        seconds=0.0,
-        rounds=progressed.records,
-        kept_round=progressed.kept,
-        stopped=stopped,
-        target_met=None if target is None else (kept.params if kept else before.params) <= target,
-        target_params=target,
-        metric=data.task.main_metric,
-        reference=squeezer.reference(progressed),
-        metrics=kept.metrics if kept else progressed.before,
-        metrics_before=progressed.before,
-        test_metrics={},
-        trainable_params=count_trainable(student)[0],
-        totals_before=before,
-        totals=before,
-        resumed_from=done or 0,
-        is_writer=bool(state.is_main_process),
-    )
-    if report.is_writer:
-        check_finite(student)
-        round_to(student, stored_dtypes(student, checkpoint))  # as it was measured
-        recorded = {**config.recorded(), "kept_round": progressed.kept}
-        with output_directory(out) as work:
-            if config.data.tokenizer:
-                data.tokenizer.save_pretrained(work)
-            write_records(work / RECORDS, progressed.records)
-            totals = write_trained(
-                work,
-                student,
-                checkpoint,
-                "squeeze",
-                recorded,
-                seed=config.optimisation.seed,
-                metrics=report.metrics,
-                more={"rounds": [asdict(record) for record in progressed.records]},
-            )
-        discard(training)
-        test = evaluate(student, data, config.data, split="test")
-        seconds = time.perf_counter() - started
-        report = replace(report, seconds=seconds, test_metrics=test, totals=totals)
-    state.wait_for_everyone()
-    return report
+            load_round(run.directory, progressed.kept, run.student)
+        return _Squeezed(progressed, stopped, target, squeezer.reference(progressed), before, done or 0)
 
 
-def _student(checkpoint: Checkpoint, data: TaskData, config: SqueezeConfig, device: torch.device) -> Any:
-    model = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code).to(device)
+def _ready(model: Any, run: TrainingRun, config: SqueezeConfig) -> Any:
+    model = model.to(run.device)
     set_update(model, config.update)
     set_recompute(model, config.recompute_weights)
     return model

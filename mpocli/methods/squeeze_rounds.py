@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpocli.errors import NumericsError, UsageError
-from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.hf.stored import rounded, stored_dtypes
 from mpocli.io.manifest import Totals
 from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze_config import SqueezeConfig
 from mpocli.methods.squeeze_state import Cut, Progressed, RoundRecord, save_round
-from mpocli.methods.task_data import TaskData, evaluate
+from mpocli.methods.task_data import evaluate
+from mpocli.methods.training.fit import fit
+from mpocli.methods.training.run import TrainingRun
+from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.student import roles_of
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
 from mpocli.train.importance import mean_loss
 from mpocli.train.moments import cut_moments, take_moments
 from mpocli.train.processes import on_first
-from mpocli.train.segment import Place, Schedule, SegmentTrainer, Steps, last_checkpoint, train_segment
+from mpocli.train.segment import Place, Schedule
 
 # Batches of training data on which `--order sensitivity` measures the loss.
 SENSITIVITY_BATCHES = 2
@@ -50,19 +50,11 @@ class Squeezer:
     """One squeeze: the model that shrinks, and everything that stays."""
 
     def __init__(
-        self,
-        model: Any,
-        config: SqueezeConfig,
-        checkpoint: Checkpoint,
-        data: TaskData,
-        directory: Path,
-        target: int | None,
-        before: Totals,
-        device: torch.device,
-        watch: Watch,
+        self, run: TrainingRun, config: SqueezeConfig, target: int | None, before: Totals, watch: Watch
     ) -> None:
-        self.model, self.config, self.data, self.directory = model, config, data, directory
-        self.target, self.before, self.device, self.watch = target, before, device, watch
+        self.run, self.config, self.target, self.before, self.watch = run, config, target, before, watch
+        self.model, self.data, checkpoint = run.student, run.data, run.checkpoint
+        model = self.model
         self.roles = roles_of(model, checkpoint)
         self.dtypes = stored_dtypes(model, checkpoint)
         self.modules = _chosen(mpo_modules(model), self.roles, config)
@@ -72,9 +64,7 @@ class Squeezer:
         self.start = {name: module.sites.num_params(module.bond_dims) for name, module in self.modules.items()}
 
     def begin(self) -> Progressed:
-        if self.watch.step:
-            self.watch.step(0, max(1, self.config.finetune_steps), "evaluating")
-        return Progressed((), {}, 0, on_first(lambda: evaluate(self.model, self.data, self.config.data)))
+        return Progressed((), {}, 0, self.run.measure_before())
 
     def reference(self, state: Progressed) -> float:
         """The metric that the drop is measured from."""
@@ -86,7 +76,7 @@ class Squeezer:
         now = sum(module.sites.num_params(module.bond_dims) for module in self.modules.values())
         return self.before.params - sum(self.start.values()) + now
 
-    def round(self, state: Progressed, *, writes: bool) -> tuple[Progressed, str | None]:
+    def round(self, state: Progressed) -> tuple[Progressed, str | None]:
         """Cut, train, evaluate, save. Returns the state after it, and why there is no next round, None if there is."""
         config, number = self.config, len(state.records) + 1
         met = self.target is not None and self.params() <= self.target
@@ -113,11 +103,11 @@ class Squeezer:
         # A drop of 0.05 is 0.050000000000000044 in floating point.
         inside = config.max_drop is None or drop <= config.max_drop + 1e-9 * max(1.0, abs(self.reference(state)))
         state = Progressed((*state.records, record), moments, number if inside else state.kept, state.before)
-        if writes:
-            save_round(self.directory, self.model, state)
-            shutil.rmtree(self.directory / f"{_SEGMENT}-{number}", ignore_errors=True)
-        if self.watch.round and writes:
-            self.watch.round(record, self.data.task.main_metric)
+        if self.run.is_writer:
+            save_round(self.run.directory, self.model, state)
+            shutil.rmtree(self.run.directory / f"{_SEGMENT}-{number}", ignore_errors=True)
+            if self.watch.round:
+                self.watch.round(record, self.data.task.main_metric)
         return state, self.stopped(state)
 
     def stopped(self, state: Progressed) -> str | None:
@@ -195,27 +185,17 @@ class Squeezer:
     def _train(self, number: int, state: Progressed) -> Any:
         """Fine-tune for one round, a training segment of its own; the optimiser's state after it."""
         config, steps = self.config, self.config.finetune_steps
-        segment = self.directory / f"{_SEGMENT}-{number}"
-        long = steps > (config.optimisation.save_steps or _LONG_ROUND)
         # The optimiser has to warm up once; afterwards its state goes on.
-        warmup = math.ceil(config.optimisation.warmup * steps) if number == 1 else 0
-        callbacks = [Steps(self.watch.step)] if self.watch.step else []
-        trainer = SegmentTrainer(
-            self.model,
-            self.data.train,
-            self.data.collator(config.optimisation.seed),
-            config.optimisation,
-            Schedule(steps, warmup),
-            steps,
-            segment,
-            device=self.device,
-            callbacks=callbacks,
-            next_token=self.data.family == "causal",
+        schedule = warmed_up(config.optimisation, steps) if number == 1 else Schedule(steps, 0)
+        trainer = fit(
+            self.run,
+            schedule,
+            segment=f"{_SEGMENT}-{number}",
+            is_logged=False,
             place=Place(number, (number - 1) * steps),
             moments=state.moments,
-            checkpoints=long,
+            checkpoints=steps > (config.optimisation.save_steps or _LONG_ROUND),
         )
-        train_segment(trainer, last_checkpoint(segment))
         return take_moments(self.model, trainer.optimizer)
 
 

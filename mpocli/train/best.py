@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from mpocli.train.processes import on_first
+from mpocli.train.processes import on_first, wait_for_everyone
 
 
 class KeepBest(TrainerCallback):  # type: ignore[misc]
@@ -57,8 +57,11 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
             (self.directory / "best.json").write_text(json.dumps({"value": value, "step": self.step}))
 
     @torch.no_grad()
-    def restore(self, model: Any) -> None:
-        """Put the best weights into the model."""
+    def restore(self, model: Any) -> int:
+        """Put the best weights into the model; returns the step that they are of."""
+        assert self.step is not None, "restored without training"
+        wait_for_everyone()
         best = torch.load(self.directory / "weights.pt", weights_only=True)
         for name, parameter in model.named_parameters():
             parameter.copy_(best[name])
+        return self.step

@@ -36,6 +36,13 @@ def on_first(call: Callable[[], T]) -> T:
     return result
 
 
+def wait_for_everyone() -> None:
+    """Until all processes of a run have come this far, and read what the first one wrote before."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
 def set_seed(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators."""
     import transformers

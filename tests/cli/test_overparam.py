@@ -17,7 +17,7 @@ from strangers import run_stranger
 from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
-from mpocli.methods import overparam
+from mpocli.methods.training import fit as fitting
 from mpocli.train.moments import take_moments
 
 Train = Callable[..., dict[str, Any]]
@@ -173,7 +173,7 @@ def test_the_optimiser_owns_exactly_the_live_tensors_of_every_segment(
 ) -> None:
     """And all that lived before goes on with the state that it had: nothing starts anew but nothing old either."""
     seen = []
-    real = overparam.train_segment
+    real = fitting.train_segment
 
     def watched(trainer: Any, resume: Any = None) -> None:
         given = {name: dict(state) for name, state in (trainer.moments or {}).items()}
@@ -187,7 +187,7 @@ def test_the_optimiser_owns_exactly_the_live_tensors_of_every_segment(
         assert given.keys() == (state.keys() if given else set())
         seen.append({float(found["step"]) for found in state.values()})
 
-    monkeypatch.setattr(overparam, "train_segment", watched)
+    monkeypatch.setattr(fitting, "train_segment", watched)
     train("out", "--overparam", method, *chosen(method), "--accumulation", accumulation)
     steps = {"static": [{3.0}, {9.0}], "dynamic": [{3.0}, {6.0}, {12.0}], "svd": [{12.0}]}[method]
     assert seen == steps
@@ -223,9 +223,7 @@ def test_shapes_can_be_named_and_layers_chosen(train: Train) -> None:
 def test_the_sceptic_s_arm_raises_the_rate_of_the_same_matrices_alone(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpocli.methods import finetune
-
-    real, rates = finetune.train_segment, {}
+    real, rates = fitting.train_segment, {}
 
     def watched(trainer: Any, resume: Any = None) -> None:
         real(trainer, resume)
@@ -233,7 +231,7 @@ def test_the_sceptic_s_arm_raises_the_rate_of_the_same_matrices_alone(
         for group in trainer.optimizer.param_groups:
             rates.update({names[id(parameter)]: group["initial_lr"] for parameter in group["params"]})
 
-    monkeypatch.setattr(finetune, "train_segment", watched)
+    monkeypatch.setattr(fitting, "train_segment", watched)
     report = train("out", "--overparam", "none", "--mpo-lr", 0.02, "--layers", "ffn")
     raised = {name for name, rate in rates.items() if rate == 0.02}
     assert raised == {

@@ -19,7 +19,7 @@ import mpocli  # noqa: F401 (its loader)
 from cli import tasks
 from cli.processes import Ended, Moment, Server
 from cli.shell import WEIGHTS, Cli, Outcome, refused, succeeded, tree
-from mpocli.methods import sparsify_train
+from mpocli.methods.training import fit as fitting
 from mpocli.nn.masked import Scoring
 from mpocli.sparse import Pattern
 from mpocli.train.sparsity import Place, put_masks
@@ -234,7 +234,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     seen: list[Watched] = []
-    real = sparsify_train.train_segment
+    real = fitting.train_segment
 
     def train(trainer: Any, resume: Any = None) -> None:
         real(trainer, resume)
@@ -248,7 +248,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
         with_gradients = {name for name, p in trainer.model.named_parameters() if p.grad is not None}
         seen.append(Watched(rates, sum(parameter.numel() for parameter in held), with_gradients))
 
-    monkeypatch.setattr(sparsify_train, "train_segment", train)
+    monkeypatch.setattr(fitting, "train_segment", train)
     return seen
 
 

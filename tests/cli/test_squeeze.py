@@ -22,9 +22,10 @@ from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
 from mpocli.hf.shrink import mpo_modules
-from mpocli.methods import decompose, squeeze_rounds
+from mpocli.methods import decompose
 from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.methods.squeeze_choice import Candidate, best
+from mpocli.methods.training import fit as fitting
 from mpocli.train.moments import take_moments
 
 Squeeze = Callable[..., dict[str, Any]]
@@ -212,7 +213,7 @@ def test_rounds_are_one_training_with_cuts_in_between(
 ) -> None:
     """The optimiser counts its steps on and owns what lives, the data goes on, and the rate warms up once."""
     seen: list[dict[str, Any]] = []
-    real = squeeze_rounds.train_segment
+    real = fitting.train_segment
 
     def watched(trainer: Any, resume: Any = None) -> None:
         given = trainer.moments
@@ -225,7 +226,7 @@ def test_rounds_are_one_training_with_cuts_in_between(
         rates = [trainer.schedule.factor(step) for step in range(3)]
         seen.append({"owns": live == held, "steps": steps, "order": order, "rates": rates, "given": set(given)})
 
-    monkeypatch.setattr(squeeze_rounds, "train_segment", watched)
+    monkeypatch.setattr(fitting, "train_segment", watched)
     options = ["--max-drop", 1, "--rounds", 4, "--finetune-steps", 3, "--step", "20%", "--per-param"]
     report = squeeze("out", *options, "--update", update)
     assert all(found["owns"] for found in seen)
@@ -332,7 +333,7 @@ def test_small_enough_and_outside_the_drop_it_only_trains(squeeze: Squeeze) -> N
 def test_a_round_that_leaves_the_finite_numbers_leaves_the_rounds_before_it(
     squeeze: Squeeze, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, rounds = squeeze_rounds.train_segment, 0
+    real, rounds = fitting.train_segment, 0
 
     def third_fails(trainer: Any, resume: Any = None) -> None:
         nonlocal rounds
@@ -344,7 +345,7 @@ def test_a_round_that_leaves_the_finite_numbers_leaves_the_rounds_before_it(
 
     options = ["--max-drop", 1, "--finetune-steps", 2, "--step", "20%"]
     wanted = squeeze("two", *options, "--rounds", 2)
-    monkeypatch.setattr(squeeze_rounds, "train_segment", third_fails)
+    monkeypatch.setattr(fitting, "train_segment", third_fails)
     report = squeeze("out", *options, "--rounds", 5)
     assert report["stopped"] == "not-finite" and report["kept_round"] == 2 and report["rounds"] == wanted["rounds"]
     first, second = weights(work / "out"), weights(work / "two")

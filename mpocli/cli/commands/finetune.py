@@ -252,7 +252,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import finetune
+    from mpocli.methods import finetune, finetune_seeds
     from mpocli.methods.overparam import Overparam
     from mpocli.methods.training.routing import RoutingChanges
 
@@ -295,7 +295,7 @@ def command(
         with quiet.transformers(), render.training_bar("finetune") as progress:
             how = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
             if chosen_seeds:
-                reports = finetune.run_seeds(model, config, destination, chosen_seeds, **how)  # type: ignore[arg-type]
+                reports = finetune_seeds.run_seeds(model, config, destination, chosen_seeds, **how)  # type: ignore[arg-type]
             else:
                 reports = (finetune.run(model, config, destination, **how),)  # type: ignore[arg-type]
     except KeyboardInterrupt:
@@ -305,7 +305,7 @@ def command(
         raise
     if not reports[0].is_writer:
         return
-    found = finetune.summary(str(destination), chosen_seeds, reports) if chosen_seeds else reports[0]
+    found = finetune_seeds.summary(str(destination), chosen_seeds, reports) if chosen_seeds else reports[0]
     render.report("finetune", found, lambda: _show(reports, chosen_seeds, str(destination)), json=json)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.io.claim import discard
 from mpocli.train.moments import Moments
+from mpocli.train.processes import wait_for_everyone
 from mpocli.train.segment import last_checkpoint
 
 _STATE = "state-"
@@ -70,6 +71,7 @@ def worth_resuming(directory: Path) -> bool:
 
 def load_state(directory: Path, number: int) -> tuple[dict[str, Tensor], Moments, dict[str, Any]]:
     """Weights, optimiser state and record. Raises `InputError` where the state is damaged."""
+    wait_for_everyone()
     place = directory / f"{_STATE}{number}"
     try:
         record = json.loads((place / "record.json").read_text())

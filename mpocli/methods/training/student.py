@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,19 +13,7 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
 from mpocli.methods.task_data import TaskData
 from mpocli.train.models import listed, load_model
-from mpocli.train.segment import Optimisation, Schedule
 from mpocli.train.updates import roles
-
-
-class Trains(Protocol):
-    """How long and with what a command trains, in several configurations."""
-
-    @property
-    def optimisation(self) -> Optimisation: ...
-    @property
-    def epochs(self) -> float: ...
-    @property
-    def steps(self) -> int | None: ...
 
 
 def load_student(
@@ -90,14 +77,6 @@ def count_trainable(model: Any) -> tuple[int, dict[str, int]]:
         if parameter.requires_grad:
             counts[role] += parameter.numel()
     return sum(counts.values()), counts
-
-
-def learning_schedule(config: Trains, samples: int, processes: int) -> tuple[Schedule, int]:
-    """Of the learning rate, and the steps of a run: `steps`, or as many as `epochs` take."""
-    chosen = config.optimisation
-    per_epoch = math.ceil(samples / (chosen.batch_size * processes * chosen.accumulation))
-    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-    return Schedule(steps, math.ceil(chosen.warmup * steps)), steps
 
 
 def check_finite(model: Any) -> None:
