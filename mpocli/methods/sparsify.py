@@ -91,26 +91,7 @@ def run(
     started = time.perf_counter()
     check_options(config)
     if config.trains:
-        setup = begin(model, config, out, overwrite=overwrite, resume=resume)
-        targets, kept = plan(setup.checkpoint, config)
-        training = load(setup, progress=progress, warn=warn)
-        trained, found = sparsify_train.run(training, config, targets)
-        done = _report(str(out), config, setup.checkpoint, trained.tensors, tuple(kept), found.totals)
-        return replace(
-            done,
-            seconds=time.perf_counter() - started,
-            metrics=found.metrics,
-            metrics_before=trained.metrics_before,
-            test_metrics=found.test_metrics,
-            trainable_params=sum(trained.trainable_by_kind.values()),
-            trainable_by_kind=trained.trainable_by_kind,
-            dense_and_scores=trained.dense_and_scores,
-            steps=training.steps,
-            step_seconds=training.step_seconds,
-            resumed_from=setup.resumed_from,
-            truncated=training.data.truncated,
-            is_writer=found.is_writer,
-        )
+        return _train(model, config, out, overwrite=overwrite, resume=resume, progress=progress, warn=warn)
     if resume:
         raise UsageError("--resume: pruning at once leaves nothing to resume", hint="run without it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -145,6 +126,39 @@ def run(
         metrics_before=before,
         test_metrics=tested,
         warnings=tuple(warnings),
+    )
+
+
+def _train(
+    model: str,
+    config: SparsifyConfig,
+    out: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress | None,
+    warn: Callable[[str], None],
+) -> SparsifyReport:
+    started = time.perf_counter()
+    setup = begin(model, config, out, overwrite=overwrite, resume=resume)
+    targets, kept = plan(setup.checkpoint, config)
+    training = load(setup, progress=progress, warn=warn)
+    trained, written = sparsify_train.run(training, config, targets)
+    done = _report(str(out), config, setup.checkpoint, trained.tensors, tuple(kept), written.totals)
+    return replace(
+        done,
+        seconds=time.perf_counter() - started,
+        metrics=written.metrics,
+        metrics_before=trained.metrics_before,
+        test_metrics=written.test_metrics,
+        trainable_params=sum(trained.trainable_by_kind.values()),
+        trainable_by_kind=trained.trainable_by_kind,
+        dense_and_scores=trained.dense_and_scores,
+        steps=training.steps,
+        step_seconds=training.step_seconds,
+        resumed_from=setup.resumed_from,
+        truncated=training.data.truncated,
+        is_writer=written.is_writer,
     )
 
 
