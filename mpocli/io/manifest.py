@@ -183,6 +183,10 @@ class ModuleEntry:
     mask: str | None = None
     measured_against: str | None = None
 
+    def unmeasured(self) -> ModuleEntry:
+        """The structure alone, where the cores are no longer those that were measured."""
+        return replace(self, relative_error=None, discarded_weight=None, center=None)
+
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
         return {
@@ -281,14 +285,8 @@ class Manifest:
         return {entry.name: entry for entry in self.modules}
 
     def without_measurements(self) -> Manifest:
-        """The structure alone, where the cores are no longer those that were measured."""
-        return replace(
-            self,
-            matrices=None,
-            modules=tuple(
-                replace(entry, relative_error=None, discarded_weight=None, center=None) for entry in self.modules
-            ),
-        )
+        """The structure alone, where cores are no longer those that were measured."""
+        return replace(self, matrices=None, modules=tuple(entry.unmeasured() for entry in self.modules))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from typing import Any
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
+from mpocli.io.encodings.known import Encodings
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
@@ -82,9 +83,13 @@ def run(
         totals=totals,
         before=checkpoint.totals(),
         modules=module_reports(plans, manifest, worker.kept, config.dtype),
-        filled=len(checkpoint.encodings) - len(manifest.encodings),
+        filled=_with_zeros(checkpoint.encodings) - _with_zeros(manifest.encodings),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
         compared=compared,
     )
+
+
+def _with_zeros(encodings: Encodings) -> int:
+    return sum(encoding.holds_zeros for encoding in encodings.values())

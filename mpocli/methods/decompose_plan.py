@@ -143,7 +143,7 @@ def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec
         reason = ", which no plan takes apart"
     elif spec.experts:
         reason = " of experts, whose bonds are not cut"
-    elif any(weight.key_of(core) in checkpoint.encodings for core in spec.core_shapes()):
+    elif any(checkpoint.reader.encoding(weight.key_of(core)).holds_zeros for core in spec.core_shapes()):
         reason = ", whose zeros a cut would fill"
     elif not config.rel_tol and cap is not None and cap >= widest:
         reason = f", with bonds of at most {widest}"

@@ -28,8 +28,9 @@ class Stored:
     """What the files hold of one weight: `tensors` by their names below its module (`weight`, a core, a router's
     tensor), and the `encodings` of those that are not dense.
 
-    `entry` is the manifest's, None for an ordinary matrix. Where a weight has cores, the rewriting leaves one zero
-    under every dense name that is gone, so that nothing can load the files by mistake.
+    `entry` is the manifest's, `unmeasured` where its cores were changed, None for an ordinary matrix. Where a weight
+    has cores, the rewriting leaves one zero under every dense name that is gone, so that nothing can load the files by
+    mistake.
     """
 
     tensors: dict[str, Tensor]

@@ -96,9 +96,7 @@ def write_sparse(
         target, before = by_weight[weight.name], as_stored(checkpoint.reader, weight)
         tensor = prune(target, before.tensors[target.leaf])
         made[target.name] = described(target, tensor, config.storage)
-        entry = weight.entry
-        if entry is not None:
-            entry = replace(entry, relative_error=None, discarded_weight=None, center=None)
+        entry = weight.entry.unmeasured() if weight.entry else None
         encodings = before.encodings | {target.leaf: Bitmask(target.shape, str(config.pattern))}
         return Stored(before.tensors | {target.leaf: tensor}, entry, {} if config.storage == Dense.name else encodings)
 
