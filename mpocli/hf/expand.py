@@ -33,11 +33,6 @@ def overparam_shape(rows: int, columns: int, sites: int) -> SiteShape:
     return SiteShape((out[0], *between, out[1]), (in_[0], *between, in_[1]))
 
 
-def svd_shape(rows: int, columns: int) -> SiteShape:
-    """The two-site shape whose MPO is the singular value decomposition of the matrix itself."""
-    return SiteShape((rows, 1), (1, columns))
-
-
 @torch.no_grad()
 def expand(model: PreTrainedModel, name: str, sites: SiteShape) -> MPO:
     """Replace a dense linear module by a lossless MPO of its weight with √Λ of every bond on both of its sides.

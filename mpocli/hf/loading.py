@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mpocli.errors import InputError
 from mpocli.hf.config import TOKENIZER_FILES, check_side_files
 from mpocli.hf.foreign import foreign
+from mpocli.hf.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    from mpocli.hf.artifact import Checkpoint
 
 
 def load(cls: Any, directory: Path, *, hint: str = "restore the files of the model", **options: Any) -> Any:
@@ -16,6 +22,14 @@ def load(cls: Any, directory: Path, *, hint: str = "restore the files of the mod
     name = cls.__name__.removeprefix("AutoModelFor")
     with foreign(f"{directory}: does not load as {name}", hint=hint):
         return cls.from_pretrained(directory, **options)
+
+
+def load_as_saved(checkpoint: Checkpoint) -> Any:
+    """A checkpoint as the class that it was saved from, in float32 and evaluation mode."""
+    cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of parameters that the files lack
+        return load(cls, checkpoint.source.directory, dtype=torch.float32).eval()
 
 
 def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_code: bool = False) -> Any:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpocli.errors import InputError, NumericsError
-from mpocli.hf.calibration import Batch, Padding, evaluating, run
-from mpocli.hf.foreign import foreign
-from mpocli.hf.padding import decoder_mask
-from mpocli.nn.logits import drawn, slices
+from mpocli.hf.activations import Batch, Inputs, Padding, run, watch_inputs
+from mpocli.hf.probe import Probe, samples_of
+from mpocli.nn.evaluating import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +92,7 @@ class _Sums:
     """Of one module in a pass."""
 
     tokens: int = 0
-    gram: Tensor | None = None
+    inputs: Inputs | None = None  # none of an embedding, whose tokens are counted alone
     output: Tensor | None = None
     trace: float = 0.0
 
@@ -145,17 +144,15 @@ def _leaders(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> dict
     number = 0
     with ExitStack() as hooks:
         hooks.enter_context(evaluating(model))
-        for name in names:
 
-            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                nonlocal number
-                x: Tensor = args[0] if args else next(iter(kwargs.values()))
-                if not (last and last[0] is x):
-                    last[:] = [x]
-                    number += 1
-                seen[name].append(number)
+        def note(name: str, module: nn.Module, x: Tensor) -> None:
+            nonlocal number
+            if not (last and last[0] is x):
+                last[:] = [x]
+                number += 1
+            seen[name].append(number)
 
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True).remove)
+        watch_inputs(model, names, hooks, note)
         run(model, batch)
     first: dict[tuple[int, ...], str] = {}
     # A module without a call, or an embedding, whose inputs are no vectors, stands for itself.
@@ -167,11 +164,10 @@ def _keep(store: Store, sums: Mapping[str, _Sums], leaders: Mapping[str, str], p
     for name, found in sums.items():
         if leaders[name] != name or not found.tokens:
             continue
-        if found.gram is not None and not bool(torch.isfinite(found.gram.diagonal()).all()):
-            raise NumericsError(
-                f"module {name}: its inputs are not finite", hint="run the model in float32 or bfloat16"
-            )
-        store.put_input([other for other in sums if leaders[other] == name], found.gram, found.tokens)
+        if found.inputs is not None:
+            found.inputs.check_finite(name)
+        gram = None if found.inputs is None else found.inputs.gram
+        store.put_input([other for other in sums if leaders[other] == name], gram, found.tokens)
     for name, found in sums.items():
         if probed and name in store:
             if not torch.isfinite(torch.tensor(found.trace)):
@@ -188,8 +184,8 @@ def _portions(model: PreTrainedModel, batches: Sequence[Batch], probed: bool) ->
     each = 1 + 3 * sum(sum(weight.shape) for weight in weights if weight is not None and weight.dim() == 2) // 2
     for batch in batches:
         length = max(value.shape[1] if value.dim() > 1 else 1 for value in batch.values())
-        rows = max(1, MOST_ACTIVATIONS // (length * each)) if probed else _samples(batch)
-        for first in range(0, _samples(batch), rows):
+        rows = max(1, MOST_ACTIVATIONS // (length * each)) if probed else samples_of(batch)
+        for first in range(0, samples_of(batch), rows):
             yield {key: value[first : first + rows] for key, value in batch.items()}
 
 
@@ -230,19 +226,15 @@ def _pass(
         hooks.enter_context(evaluating(model, gradients=probe is not None))
         padding = Padding(model, hooks)
 
-        def before(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            mine = sums[name]
-            keep = padding.keep(module, x)
+        def before(name: str, module: nn.Module, x: Tensor) -> None:
+            mine, keep = sums[name], padding.keep(module, x)
             if isinstance(module, nn.Embedding):
                 mine.tokens += x.numel() if keep is None else int(keep.sum())
                 return
-            rows = x.detach().reshape(-1, x.shape[-1])
-            rows = (rows if keep is None else rows[keep.reshape(-1)]).float()
-            mine.tokens += len(rows)
-            if mine.gram is None:
-                mine.gram = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
-            mine.gram.addmm_(rows.T, rows)
+            if mine.inputs is None:
+                mine.inputs = Inputs(x.shape[-1], gram=True, device=x.device)
+            mine.inputs.add(x, keep)
+            mine.tokens = mine.inputs.tokens
 
         def after(module: nn.Module, args: Any, output: Any, name: str) -> None:
             if not output.requires_grad:
@@ -259,19 +251,13 @@ def _pass(
 
             output.register_hook(backward)
 
-        for name in sums:
-            module = model.get_submodule(name)
-
-            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                before(module, args, kwargs, name)
+        watch_inputs(model, (name for name in sums if leaders[name] == name), hooks, before)
+        for name in sums if probe is not None else ():
 
             def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 after(module, args, output, name)
 
-            if leaders[name] == name:
-                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            if probe is not None:
-                hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.callback(model.get_submodule(name).register_forward_hook(leave).remove)
         # Gradients of activations need parameters ahead of them that have some: tables. All others are frozen.
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         tables = [*tables, model.get_input_embeddings()] if probe is not None else []
@@ -286,79 +272,5 @@ def _pass(
                 probe.backward(output, batch, samples)
                 for parameter in learnt:
                     parameter.grad = None
-            samples += _samples(batch)
+            samples += samples_of(batch)
             step(number + 1)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A loss whose gradients say which outputs of a layer matter, with no labels needed.
-
-    For logits: the negative log-likelihood of labels drawn from the model's own distribution, so that the second
-    moments of gradients are the Fisher information, and a change D of a weight costs about ½ tr(H D G Dᵀ) of it in
-    Kullback-Leibler divergence (K-FAC: Martens and Grosse 2015, §3). For a model without a head, or with a single
-    output: inner products with standard normal vectors, whose gradients' second moments are the Gauss-Newton matrix
-    of ½ the squared change of the output. Sums over tokens; padding does not count. Each sample draws from a seed of
-    its own, so that the batches which samples come in change nothing.
-    """
-
-    seed: int = 0
-
-    def backward(self, outputs: Any, batch: Batch, first: int) -> None:
-        """Run the gradients of the loss back from a model's outputs on the samples `first` and following.
-
-        Raises `NumericsError` for logits that are not finite.
-        """
-        logits = outputs.get("logits")
-        if logits is not None and logits.shape[-1] > 1:
-            gradient: Callable[[Tensor, Batch, Sequence[torch.Generator]], Tensor] = self._sampled
-            found = [logits]
-        else:
-            gradient = self._projected
-            found = [outputs[key] for key in ("logits", "last_hidden_state", "pooler_output") if key in outputs]
-        if not found:
-            found = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
-        if not found:
-            raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
-        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + first + k) for k in range(_samples(batch))]
-        gradients = [gradient(tensor, batch, generators) for tensor in found]
-        with foreign("the model's own code gives no gradients", hint="try --weights input"):
-            torch.autograd.backward(found, gradients)
-
-    @torch.no_grad()
-    def _sampled(self, logits: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """softmax(z) − e_label: of a few tokens at a time, since a vocabulary's logits fill the memory."""
-        made, mask = torch.zeros_like(logits), token_mask(batch, logits)
-        for k, generator in enumerate(generators):
-            rows, kept = logits[k].reshape(-1, logits.shape[-1]), made[k].view(-1, logits.shape[-1])
-            places = torch.arange(len(rows), device=logits.device)
-            places = places if mask is None else places[mask[k].reshape(-1)]
-            for part in slices(len(places), logits.shape[-1]):
-                gradient, labels = drawn(rows[places[part]], generator)
-                if not bool(torch.isfinite(gradient).all()):
-                    raise NumericsError("the model's logits are not finite", hint="run the model in float32")
-                gradient[torch.arange(len(labels)), labels] -= 1.0
-                kept[places[part]] = gradient.to(kept)
-        return made
-
-    @torch.no_grad()
-    def _projected(self, tensor: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        if not tensor.dim() or len(tensor) != len(generators):  # not one for each sample
-            return torch.randn(tensor.shape, generator=generators[0]).to(tensor)
-        made, mask = torch.zeros_like(tensor), token_mask(batch, tensor)
-        for k, generator in enumerate(generators):
-            places = ... if mask is None else mask[k]
-            made[k][places] = torch.randn(made[k][places].shape, generator=generator).to(tensor)
-        return made
-
-
-def _samples(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def token_mask(batch: Batch, tensor: Tensor) -> Tensor | None:
-    """True for the vectors of an output that stand for tokens; None where all count."""
-    for mask in (decoder_mask(batch, None), batch.get("attention_mask")):
-        if mask is not None and mask.dim() == 2 and tensor.shape[:-1] == mask.shape:
-            return mask.to(tensor.device) != 0
-    return None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, UsageError
+from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.calibration import Batch
 from mpocli.methods.task_data import DataOptions, model_vocabulary, positions, prepare
 from mpocli.nn.logits import rows_at_once
 from mpocli.train.data import read_text

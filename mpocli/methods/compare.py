@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpocli.hf.calibration import Batch, evaluating
+from mpocli.hf.activations import Batch
 from mpocli.hf.targets import Weight
 from mpocli.methods.divergence import Kept, divergence, is_layer, perplexity, replaced
 from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo.candidates import papers
 from mpocli.mpo.fitting import Fitted, Subject
+from mpocli.nn.evaluating import evaluating
 
 Made = tuple[Tensor, int]
 

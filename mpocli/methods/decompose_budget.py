@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from mpocli.errors import InputError
+from mpocli.hf.activations import Batch, Inputs
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.calibration import Batch, Inputs, sequential
+from mpocli.hf.calibration import sequential
+from mpocli.hf.loading import load_as_saved
 from mpocli.hf.targets import Weight
 from mpocli.methods.calibration_data import Batches, calibration_batches, fed, split_rows
 from mpocli.methods.compare import Compared, compare
 from mpocli.methods.decompose_cores import Decomposer
 from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
 from mpocli.methods.device import device_of
-from mpocli.methods.norms import Norms, load_model, measure
+from mpocli.methods.norms import Norms, measure
 from mpocli.methods.planner import Planner, Shapes
 from mpocli.methods.rewrite import Progress
 from mpocli.methods.sensitivity import sensitivities
@@ -110,7 +112,7 @@ def decide(
         one_sided = not checkpoint.config.is_encoder_decoder
         causal = one_sided and family_of(task_named("lm"), checkpoint.config) == "causal"
         if config.budget.sequential:
-            model = load_model(checkpoint, device)  # the first one has been compressed
+            model = load_as_saved(checkpoint).to(device)  # the first one has been compressed
         compared = compare(shop, model, chosen, found, held_out, causal=causal, progress=progress)
     return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
 

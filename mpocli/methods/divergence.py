@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpocli.hf.calibration import Batch, run
-from mpocli.hf.moments import token_mask
+from mpocli.hf.activations import Batch, run
+from mpocli.hf.probe import token_mask
 from mpocli.hf.targets import Weight
 from mpocli.nn.logits import kl, slices
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.calibration import Batch
-from mpocli.hf.loading import load
-from mpocli.hf.moments import Moments, Probe, Store, collect
-from mpocli.hf.skeleton import build_skeleton
+from mpocli.hf.loading import load_as_saved
+from mpocli.hf.moments import Moments, Store, collect
+from mpocli.hf.probe import Probe
 from mpocli.hf.targets import Weight
 from mpocli.methods.budget import Budget
 from mpocli.methods.calibration_data import fed
@@ -141,20 +141,12 @@ def measure(
 
     Raises what `collect` raises.
     """
-    model = load_model(checkpoint, device)
+    model = load_as_saved(checkpoint).to(device)
     names = [member.name for weight in weights for member in weight.members if _is_layer(model, member.name)]
     probe = Probe(seed) if budget.probes else None
     batches = fed(batches, model)
     store = collect(model, batches, names, folder, probe=probe, progress=progress)
     return Norms(budget, store, weights), model
-
-
-def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The checkpoint's own architecture, in float32 and evaluation mode."""
-    cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of parameters that the files lack
-        return load(cls, checkpoint.source.directory, dtype=torch.float32).to(device).eval()
 
 
 def _is_layer(model: Any, name: str) -> bool:

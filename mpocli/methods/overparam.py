@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.expand import overparam_shape, svd_shape
+from mpocli.hf.expand import overparam_shape
 from mpocli.hf.replace import dense_shape
 from mpocli.methods.training.student import roles_of
 from mpocli.mpo import SiteShape
+from mpocli.mpo.weighted import svd_shape
 
 Method = Literal["static", "dynamic", "svd"]
 METHODS = ("static", "dynamic", "svd")

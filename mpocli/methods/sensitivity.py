@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.hf.calibration import Batch, evaluating
+from mpocli.hf.activations import Batch
 from mpocli.hf.targets import Weight
 from mpocli.io.files import OutputFile
 from mpocli.io.readable import is_there, why_unreadable
 from mpocli.methods.divergence import Kept, divergence, is_layer, replaced
 from mpocli.methods.solution import Workshop
+from mpocli.nn.evaluating import evaluating
 
 # The size, as a part of a matrix, at which its SVD is measured.
 _SIZE = 0.25

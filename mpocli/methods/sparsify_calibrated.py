@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpocli.hf.activations import Inputs
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.calibration import Inputs, sequential
-from mpocli.hf.loading import load
-from mpocli.hf.skeleton import build_skeleton
+from mpocli.hf.calibration import sequential
+from mpocli.hf.loading import load_as_saved
 from mpocli.methods.calibration_data import calibration_batches, fed
 from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
@@ -41,8 +40,7 @@ def prune_by_activations(
     batches = calibration_batches(checkpoint, config.calibration, config.data, config.optimisation.seed, warn=warn)
     for target in targets:  # a broken weight is told as such, and not by what it makes of activations
         check_finite(checkpoint.reader.read(target.key), target.key)
-    cls: Any = type(build_skeleton(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
-    model = load(cls, checkpoint.source.directory, dtype=torch.float32).to(device).eval()
+    model = load_as_saved(checkpoint).to(device)
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
     by_module = {target.module: target for target in targets}
     pruned: dict[str, Tensor] = {}

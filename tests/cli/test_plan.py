@@ -20,7 +20,8 @@ from cli import tasks
 from cli.shell import Cli, refused, succeeded, tree
 from mpocli.cli.budget_options import named_task
 from mpocli.hf import moments
-from mpocli.hf.moments import Probe, collect
+from mpocli.hf.moments import collect
+from mpocli.hf.probe import Probe
 from mpocli.methods.divergence import Kept, divergence
 from mpocli.mpo.gram import regularised
 from mpocli.nn import logits

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mpocli.errors import InputError, NumericsError
-from mpocli.hf.calibration import Inputs, blocks, sequential
+from mpocli.hf.activations import Inputs
+from mpocli.hf.calibration import blocks, sequential
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
 from mpocli.nn import MPOLinear

@@ -12,10 +12,11 @@ from families import FAMILIES, logits, make
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.expand import expand, overparam_shape, svd_shape
+from mpocli.hf.expand import expand, overparam_shape
 from mpocli.hf.replace import remove
 from mpocli.methods.overparam import candidates
 from mpocli.methods.training.student import roles_of
+from mpocli.mpo.weighted import svd_shape
 from mpocli.nn import MPOModule
 
 CHOSEN = ["bert-classifier", "roberta-classifier", "albert", "t5", "t5-gated-untied", "bart", "gpt2", "llama"]

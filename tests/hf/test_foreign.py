@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpocli.errors import InputError, NumericsError
-from mpocli.hf.calibration import run
+from mpocli.hf.activations import run
 from mpocli.hf.foreign import foreign
 from mpocli.io import json_file
 
