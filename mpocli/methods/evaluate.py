@@ -30,8 +30,9 @@ from mpocli.methods.task_data import (
     run_set,
     score_set,
 )
+from mpocli.methods.training.student import load_student
 from mpocli.nn.logits import kl
-from mpocli.train.models import load_model, vocabulary_of
+from mpocli.train.models import vocabulary_of
 from mpocli.train.predict import Run, window_logits
 
 Progress = Callable[[int, int, str], None]
@@ -160,18 +161,8 @@ class _Measured:
     def load(self) -> Any:
         data = self.data
         check_trained_head(self.checkpoint, data)
-        model = load_model(
-            self.checkpoint.source.directory,
-            self.checkpoint.config,
-            data.task,
-            data.family,
-            data.label_names,
-            trust_remote_code=self.trust_remote_code,
-        )
-        if not data.vocabulary.knows(getattr(model.config, "pad_token_id", None)):
-            model.config.pad_token_id = data.pad
-        moved: Any = model.to(self.device)
-        return moved.eval()
+        model = load_student(self.checkpoint, data, trust_remote_code=self.trust_remote_code)
+        return model.to(self.device).eval()
 
     def measure(self, progress: Progress | None, what: str) -> None:
         reset_peak_memory(self.device)

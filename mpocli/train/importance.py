@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from mpocli.nn.evaluating import evaluating
+
 
 @torch.no_grad()
 def zeroed_losses(loss: Callable[[], float], weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
@@ -25,13 +27,10 @@ def zeroed_losses(loss: Callable[[], float], weights: Mapping[str, nn.Parameter]
     return scores
 
 
-@torch.no_grad()
 def mean_loss(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """The mean of the model's own loss over some batches, without dropout."""
-    was_training = model.training
-    model.eval()
-    losses = [float(model(**batch)["loss"]) for batch in batches]
-    model.train(was_training)
+    with evaluating(model):
+        losses = [float(model(**batch)["loss"]) for batch in batches]
     return sum(losses) / len(losses)
 
 

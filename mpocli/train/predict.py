@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.foreign import foreign
+from mpocli.nn.evaluating import evaluating
 from mpocli.nn.logits import rows_at_once, slices
 from mpocli.train.encode import IGNORE, Windows, collate
 from mpocli.train.metrics import compute, language_modelling, perplexity
@@ -76,7 +77,7 @@ def run_examples(
     """Classify or score every example. Batches are of similar length; results come in the examples' order."""
     run = Run(samples=len(features))
     order, outputs = _by_length(features), []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(order, batch_size):
             inputs = collate([_inputs(features[i]) for i in batch], vocabulary.pad)
             with autocast(model.device, precision):
@@ -110,7 +111,7 @@ def run_generation(
     order = _by_length(features)
     texts: dict[int, str] = {}
     pad = vocabulary.pad
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(order, batch_size):
             side: Any = "left" if family == "causal" else "right"
             inputs = collate([_inputs(features[i]) for i in batch], pad, side=side)
@@ -177,7 +178,7 @@ def window_logits(
     longest = max(len(ids) for ids in windows.ids)
     width = width or vocabulary_of(model.config)
     batch_size = rows_at_once(batch_size, longest, width)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(windows.ids), batch_size):
             ids = windows.ids[start : start + batch_size]
             features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
@@ -267,17 +268,3 @@ def _timed(
         torch.cuda.synchronize(device)
     run.seconds.append(time.perf_counter() - started)
     return result
-
-
-class _evaluating:
-    """The model in evaluation mode, and back in the one it was in."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpocli.nn.evaluating import evaluating
 from mpocli.train.encode import IGNORE
 
 
@@ -24,21 +25,16 @@ def predictions(labels: Tensor, *, next_token: bool) -> Tensor:
     return (counted != IGNORE).sum()
 
 
-@torch.no_grad()
 def shifts_labels(model: Any) -> bool:
     """Whether a language model's own loss compares its prediction at a place with the label of the next one.
 
     Most that write from left to right do, whatever their class is called; the others (XLM, XLNet) want labels that are
     shifted already. Asked of the loss itself: where the first of two labels alone is given, nothing is left to predict.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        labels = torch.tensor([[0, IGNORE]], device=model.device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    labels = torch.tensor([[0, IGNORE]], device=model.device)
+    with evaluating(model):
         loss = float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)["loss"])
-    finally:
-        model.train(was_training)
     return not loss > 0  # nothing: NaN or zero
 
 
