@@ -18,15 +18,15 @@ FLOORS = {
     "printable": 0,
     "errors": 0,
     "lazy": 0,
-    "modes": 1,
     "mpo": 1,
     "sparse": 1,
-    "nn": 2,
-    "io": 2,
-    "hf": 3,
-    "train": 4,
-    "methods": 5,
-    "cli": 6,
+    "config": 2,
+    "nn": 3,
+    "io": 3,
+    "hf": 4,
+    "train": 5,
+    "methods": 6,
+    "cli": 7,
 }
 # Packages from outside that only some floors may touch; anything else is free for all but `mpo` and `sparse`.
 RESERVED = {

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from mpocli import modes
+from mpocli.config import modes
 
 
 class Command(TyperCommand):
@@ -19,7 +19,7 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-def options(context: typer.Context) -> list[modes.Option]:
+def options(context: typer.Context) -> list[modes.Called]:
     """The options of a command that was called, with the markers of its function's parameters."""
     signature = inspect.signature(inspect.unwrap(context.command.callback or (lambda: None)), eval_str=True)
     found = []
@@ -29,7 +29,7 @@ def options(context: typer.Context) -> list[modes.Option]:
             continue
         source = context.get_parameter_source(name)
         found.append(
-            modes.Option(
+            modes.Called(
                 name=next((opt for opt in parameter.opts if opt.startswith("--")), parameter.opts[0]),
                 value=context.params.get(name),
                 given=source is not None and source.name == "COMMANDLINE",

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mpocli.cli.command import Command
+from mpocli.cli.translate import translated
 
 # Name: (module below `mpocli.cli.commands`, the first line of its help). In the order of the help page.
 COMMANDS = {
@@ -31,7 +32,7 @@ def command(name: str) -> Any:
     """The command `name`, with all its options: what Typer makes of a signature takes a while."""
     module = importlib.import_module(f"mpocli.cli.commands.{COMMANDS[name][0]}")
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    alone.command(name, cls=Command)(module.command)
+    alone.command(name, cls=Command)(translated(module.command))
     return typer.main.get_command(alone)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from mpocli.config.text import ROLES
 from mpocli.errors import InputError
-from mpocli.hf.roles import ROLES
 from mpocli.io.dtypes import DType
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.hf.encoded import (
     packed_state,
@@ -26,7 +27,7 @@ from mpocli.hf.encoded import (
 from mpocli.hf.overrides import initialised, override, restore
 from mpocli.hf.renaming import keep_parts_together, loading_parts
 from mpocli.hf.replace import install, local_name, remove
-from mpocli.hf.routing import RoutingConfig, connect
+from mpocli.hf.routing import connect
 from mpocli.hf.sparse import keep_zeros, sparse_parameters
 from mpocli.io.encodings.known import encodings_from
 from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-ROLES = ("embedding", "attention", "ffn", "pooler", "head")
-
 # A component of a module's path that makes everything below it a head.
 _HEAD = re.compile(
     r"lm_head|cls|classifier|score|qa_outputs|predictions|generator_predictions|generator_lm_head|vocab_transform|"

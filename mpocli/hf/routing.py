@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.hf.padding import given_to, padding_id, parameter_names, stack_mask
 from mpocli.io.manifest import MPOSpec
-from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions, Shared, attach_router
+from mpocli.nn import DenseExperts, MPOExperts, Router, Shared, attach_router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DEFAULT_MASK = 0.5
-
-
-@dataclass(frozen=True)
-class RoutingConfig:
-    """What `config.json` says of routing: the router's options, and the gradient mask of training.
-
-    `mask_prob` = probability that a step's update of a shared central core is discarded (MPOE §3.2), drawn once for
-    each core, or for each of its elements with `mask_elements`. `length_first` says that the model's layers have their
-    tokens as (length, batch).
-    """
-
-    router: RouterOptions
-    mask_prob: float = DEFAULT_MASK
-    mask_elements: bool = False
-    length_first: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        made = {**asdict(self.router), "mask_prob": self.mask_prob, "mask_elements": self.mask_elements}
-        return made | ({"length_first": True} if self.length_first else {})
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RoutingConfig:
-        """Raises `InputError` for options that this mpocli does not know or that cannot be meant."""
-        known = {field.name for field in fields(RouterOptions)}
-        try:
-            router = RouterOptions(**{name: value for name, value in data.items() if name in known})
-            rest = {name: value for name, value in data.items() if name not in known}
-            return cls(router, **rest)
-        except TypeError as error:
-            raise InputError(f"config.json: routing {dict(data)} cannot be read", hint="update mpocli") from error
 
 
 def connect(model: PreTrainedModel, specs: Mapping[str, MPOSpec], routing: RoutingConfig) -> None:

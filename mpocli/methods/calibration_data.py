@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpocli.config.calibration import Calibration
+from mpocli.config.data import DataOptions
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods.task_data import DataOptions, model_vocabulary, positions, prepare
+from mpocli.methods.task_data import model_vocabulary, positions, prepare
 from mpocli.nn.logits import rows_at_once
 from mpocli.train.data import read_text
 from mpocli.train.encode import collate, lm_windows
 from mpocli.train.models import family_of, vocabulary_of
-from mpocli.train.tasks import task_named
 
 Batches = list[dict[str, Tensor]]
 # Samples of a batch, fewer where the logits of so many would fill the memory.
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text whose activations a method looks at: `samples` windows of `seq_len` tokens, or rows of the task."""
-
-    source: str
-    samples: int = 128
-    seq_len: int = 256
 
 
 def calibration_batches(

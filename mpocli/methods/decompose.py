@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
@@ -17,7 +18,7 @@ from mpocli.io.scratch import scratch_directory
 from mpocli.methods.compare import Compared
 from mpocli.methods.decompose_budget import decide
 from mpocli.methods.decompose_cores import Decomposer
-from mpocli.methods.decompose_plan import DecomposeConfig, plan
+from mpocli.methods.decompose_plan import plan
 from mpocli.methods.decompose_report import ModuleReport, module_reports
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.rewrite import Progress

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError
 from mpocli.hf.activations import Batch, Inputs
 from mpocli.hf.artifact import Checkpoint
@@ -20,7 +22,7 @@ from mpocli.hf.targets import Weight
 from mpocli.methods.calibration_data import Batches, calibration_batches, fed, split_rows
 from mpocli.methods.compare import Compared, compare
 from mpocli.methods.decompose_cores import Decomposer
-from mpocli.methods.decompose_plan import DecomposeConfig, WeightPlan
+from mpocli.methods.decompose_plan import WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.norms import Norms, measure
 from mpocli.methods.planner import Planner, Shapes
@@ -30,7 +32,6 @@ from mpocli.methods.solution import Solution, Workshop
 from mpocli.mpo import SiteShape
 from mpocli.mpo.gram import regularised
 from mpocli.train.models import family_of
-from mpocli.train.tasks import task_named
 
 # With fewer tokens than this for each input, a Gram matrix is mostly a guess.
 _FEW_TOKENS = 1.0

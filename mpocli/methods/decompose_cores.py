@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
 from mpocli.io.manifest import ModuleEntry, MPOSpec
-from mpocli.methods.decompose_plan import MPO_ALREADY, DecomposeConfig, WeightPlan, why_larger
+from mpocli.methods.decompose_plan import MPO_ALREADY, WeightPlan, why_larger
 from mpocli.methods.device import device_of
 from mpocli.methods.rewrite import Progress, Rewriting, Stored, stored_dtype
 from mpocli.methods.solution import Solution

@@ -3,76 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
 
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.of_model import check_model
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
 from mpocli.hf.targets import Weight
 from mpocli.io.manifest import MPOSpec
-from mpocli.methods.budget import Budget
 from mpocli.methods.solution import Solution
-from mpocli.modes import OF_DENSE, check_model, of_role
 from mpocli.mpo import SiteShape, Truncation, site_shape
 
 DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
 MPO_ALREADY = "is an MPO already"
-
-
-@dataclass(frozen=True)
-class DecomposeConfig:
-    """Options of `mpocli decompose`; `trunc` and its kin cap bond dimensions, None everywhere is lossless."""
-
-    trunc: int | None = None
-    emb_trunc: Annotated[int | None, of_role("embedding")] = None
-    attention_trunc: Annotated[int | None, of_role("attention")] = None
-    ffn_trunc: Annotated[int | None, of_role("ffn")] = None
-    pooler_trunc: Annotated[int | None, of_role("pooler")] = None
-    rel_tol: float | None = None
-    sites: Annotated[int, OF_DENSE] = 5
-    shapes: Annotated[tuple[tuple[str, SiteShape], ...], OF_DENSE] = ()
-    layers: tuple[str, ...] | None = None
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    when_larger: Annotated[Literal["keep", "decompose"] | None, OF_DENSE] = None
-    gauge: Literal["canonical", "symmetric"] = "canonical"
-    dtype: str | None = None
-    device: str = "cpu"
-    seed: int = 0
-    max_shard_bytes: int = 5 * 10**9
-    revision: str | None = None
-    trust_remote_code: bool = False
-    budget: Budget | None = None
-
-    def cap(self, role: str | None) -> int | None:
-        """The cap on the bonds of a matrix of this role."""
-        own = {
-            "embedding": self.emb_trunc,
-            "attention": self.attention_trunc,
-            "ffn": self.ffn_trunc,
-            "pooler": self.pooler_trunc,
-        }.get(role or "")
-        return self.trunc if own is None else own
-
-    @property
-    def truncates(self) -> bool:
-        caps = (self.trunc, self.emb_trunc, self.attention_trunc, self.ffn_trunc, self.pooler_trunc)
-        return any(cap is not None for cap in caps) or bool(self.rel_tol)
-
-    @property
-    def keeps_larger(self) -> bool:
-        """Whether a matrix whose MPO would be larger stays dense: by default where anything is truncated."""
-        return self.truncates if self.when_larger is None else self.when_larger == "keep"
-
-    def recorded(self) -> dict[str, Any]:
-        """The options for the manifest: no machine-dependent ones."""
-        options = asdict(replace(self, shapes=(), budget=None))
-        options["shapes"] = [f"{glob}={shape}" for glob, shape in self.shapes]
-        for left_out in ("device", "revision", "seed", "budget"):
-            del options[left_out]
-        return options | (self.budget.recorded() if self.budget else {})
 
 
 @dataclass(frozen=True)

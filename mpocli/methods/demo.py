@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.apart import check_apart
 from mpocli.io.manifest import MANIFEST
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.train.demo_models import build_demo_models
 from mpocli.train.demo_predict import examine
 

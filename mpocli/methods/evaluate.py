@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mpocli.config.data import DataOptions
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.sparse_paths import PathChoice, PathReport, choose_paths
@@ -22,14 +23,7 @@ from mpocli.methods.device import device_of
 from mpocli.methods.harness import HarnessReport
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.memory import peak_memory, reset_peak_memory
-from mpocli.methods.task_data import (
-    DataOptions,
-    TaskData,
-    check_trained_head,
-    prepare,
-    run_set,
-    score_set,
-)
+from mpocli.methods.task_data import TaskData, check_trained_head, prepare, run_set, score_set
 from mpocli.methods.training.student import load_student
 from mpocli.nn.logits import kl
 from mpocli.train.models import vocabulary_of

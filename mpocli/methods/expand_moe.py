@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from mpocli.config.expand_moe import ExpandConfig
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.layout import layouts
 from mpocli.hf.matrices import select
-from mpocli.hf.routing import RoutingConfig
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
@@ -31,42 +31,13 @@ from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
 from mpocli.methods.moe_plan import Network, networks, placed
 from mpocli.methods.rewrite import Progress, Rewriting, Stored
-from mpocli.mpo import MPO, SiteShape, Truncation, decompose, stored_error
+from mpocli.mpo import MPO, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
-from mpocli.nn import DenseExperts, MPOExperts, Router, RouterOptions
+from mpocli.nn import DenseExperts, MPOExperts, Router
 from mpocli.nn.experts import Place
 
 DEFAULT_ROLES = ("ffn",)
 DEFAULT_SITES = 5
-
-
-@dataclass(frozen=True)
-class ExpandConfig:
-    """Options of `mpocli expand-moe`. `share` None stands for dense experts (the baseline); `trunc` caps the bonds,
-    None is lossless; `sites` None is 5; `noise` breaks the symmetry of the experts, relative to a core's root mean
-    square."""
-
-    experts: int = 8
-    share: Literal["central", "none"] | None = "central"
-    routing: RoutingConfig = field(default_factory=lambda: RoutingConfig(RouterOptions()))
-    sites: int | None = None
-    trunc: int | None = None
-    shapes: tuple[tuple[str, SiteShape], ...] = ()
-    noise: float = 0.0
-    layers: tuple[str, ...] | None = None
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    seed: int = 0
-    max_shard_bytes: int = 5 * 10**9
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    def recorded(self) -> dict[str, Any]:
-        """The options for the manifest."""
-        names = ("experts", "share", "sites", "trunc", "noise", "layers", "targets", "ignore")
-        options = {name: getattr(self, name) for name in names}
-        options["shapes"] = [f"{glob}={shape}" for glob, shape in self.shapes]
-        return options | self.routing.to_dict()
 
 
 @writes_output

@@ -6,67 +6,27 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+from mpocli.config.finetune import FinetuneConfig
+from mpocli.config.of_model import check_model
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
 from mpocli.methods import overparam, overparam_train
-from mpocli.methods.overparam import Overparam, OverparamReport
-from mpocli.methods.task_data import DataOptions, evaluate
+from mpocli.methods.overparam import OverparamReport
+from mpocli.methods.task_data import evaluate
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.fit import fit
-from mpocli.methods.training.routing import RoutingChanges, apply_routing, gradient_mask, router_report, traits
+from mpocli.methods.training.routing import apply_routing, gradient_mask, router_report, traits
 from mpocli.methods.training.run import Progress, TrainingRun, load
 from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.student import count_trainable, roles_of
 from mpocli.methods.training.teacher import distillation_of
-from mpocli.modes import OF_CORES, OF_CORES_ALONE, check_model
 from mpocli.train.best import KeepBest
-from mpocli.train.segment import METRICS, Optimisation, last_loss
+from mpocli.train.segment import METRICS, last_loss
 from mpocli.train.updates import set_recompute, set_update
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Options of `mpocli finetune`. `epochs` counts where `steps` is None; `update` None stands for auxiliary cores
-    where there are any and no experts, and for everything otherwise. `raise_layers` names the roles whose dense
-    matrices train at `mpo_lr`: the sceptic's arm beside `overparam`."""
-
-    data: DataOptions
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    update: Annotated[str | None, OF_CORES_ALONE] = None
-    epochs: float = 3.0
-    steps: int | None = None
-    select: str = "last"
-    teacher: str | None = None
-    distill_weight: float = 0.5
-    temperature: float = 2.0
-    distill_hidden: bool = False
-    recompute_weights: Annotated[bool, OF_CORES] = False
-    overparam: Overparam | None = None
-    raise_layers: tuple[str, ...] = ()
-    routing: RoutingChanges = field(default_factory=RoutingChanges)
-    device: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    def recorded(self) -> dict[str, Any]:
-        """The options for the manifest: names of files without their folders, nothing of the machine."""
-        options = {**self.data.recorded(), **asdict(self.optimisation)}
-        options |= {key: getattr(self, key) for key in ("update", "epochs", "steps", "select")}
-        if self.teacher:
-            options |= {"teacher": Path(self.teacher).name, "distill_weight": self.distill_weight}
-            options |= {"temperature": self.temperature, "distill_hidden": self.distill_hidden}
-        if self.overparam:
-            options |= self.overparam.recorded()
-        if self.raise_layers:
-            options |= {"overparam": "none", "overparam_layers": self.raise_layers}
-        options |= self.routing.given()
-        for left_out in ("seed", "report_to", "log_steps", "save_steps"):
-            del options[left_out]
-        return options
 
 
 @dataclass(frozen=True)
@@ -172,7 +132,7 @@ def train(run: TrainingRun, config: FinetuneConfig) -> _Trained:
     update = config.update or ("auxiliary" if checkpoint.is_mpo and routing is None else "all")
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
-    teacher = distillation_of(config, run.data, checkpoint)
+    teacher = distillation_of(config.distillation, run.data, checkpoint, trust_remote_code=config.trust_remote_code)
     raised = _raised(student, checkpoint, config)
     if config.overparam is not None:  # before the hours, not after
         overparam.check(student, checkpoint, config.overparam)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mpocli.config.finetune import FinetuneConfig
 from mpocli.errors import InputError
 from mpocli.io.files import OutputFile
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output
-from mpocli.methods.finetune import FinetuneConfig, FinetuneReport, run
+from mpocli.methods.finetune import FinetuneReport, run
 from mpocli.methods.overparam import OverparamReport
 from mpocli.methods.training.directory import training_directory
 from mpocli.methods.training.run import Progress

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-# Fields of configurations that hold the name of a file, a directory or something on the hub.
-_OPTIONS = {
-    "train": "--train",
-    "eval": "--eval",
-    "test": "--test",
-    "tokenizer": "--tokenizer",
-    "teacher": "--teacher",
-    "score_from": "--score-from",
-    "source": "--calibrate",
-}
+from mpocli.config.option import Declared, members
 
 
 def paths_read(model: Path, config: Any) -> dict[str, list[str | Path]]:
@@ -28,9 +19,9 @@ def paths_read(model: Path, config: Any) -> dict[str, list[str | Path]]:
 
 
 def _named(config: Any) -> Iterator[tuple[str, Any]]:
-    for field in fields(config) if is_dataclass(config) else ():
-        value = getattr(config, field.name)
-        if is_dataclass(value):
+    for member in members(type(config)) if is_dataclass(config) else ():
+        value = getattr(config, member.field)
+        if not isinstance(member, Declared):
             yield from _named(value)
-        elif value and field.name in _OPTIONS:
-            yield _OPTIONS[field.name], value
+        elif value and member.option.reads:
+            yield member.option.name, value

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpocli.config.budget import Budget
 from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_as_saved
 from mpocli.hf.moments import Moments, Store, collect
 from mpocli.hf.probe import Probe
 from mpocli.hf.targets import Weight
-from mpocli.methods.budget import Budget
 from mpocli.methods.calibration_data import fed
 from mpocli.mpo.gram import FLOOR, regularised
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
+from mpocli.config.overparam import Overparam
 from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.expand import overparam_shape
@@ -20,35 +20,6 @@ from mpocli.mpo.weighted import svd_shape
 
 Method = Literal["static", "dynamic", "svd"]
 METHODS = ("static", "dynamic", "svd")
-
-
-@dataclass(frozen=True)
-class Overparam:
-    """Options of `finetune --overparam`.
-
-    `top_n` matrices of every group become MPOs (`svd`: all of them), `dynamic` in `splits` portions, one every
-    `every` steps (default: so that the last comes half way). `sites` is the papers' m, `shapes` overrule it by glob.
-    `static` scores a copy that was fine-tuned: `score_from` a directory, else for `score_steps` of the run's own steps
-    (default: a quarter of them). Losses are means over `score_batches` batches of training data.
-    """
-
-    method: Method
-    top_n: int = 4
-    splits: int = 2
-    every: int | None = None
-    sites: int = 5
-    shapes: tuple[tuple[str, SiteShape], ...] = ()
-    layers: tuple[str, ...] = ("attention", "ffn")
-    score_from: str | None = None
-    score_steps: int | None = None
-    score_batches: int = 8
-
-    def recorded(self) -> dict[str, Any]:
-        """For the manifest."""
-        options = {f"overparam_{key}": value for key, value in asdict(self).items() if key not in ("method", "shapes")}
-        options["overparam_score_from"] = self.score_from and Path(self.score_from).name
-        shapes = [f"{glob}={shape}" for glob, shape in self.shapes]
-        return {"overparam": self.method, **options, "overparam_shapes": shapes}
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,12 @@ from typing import Any
 
 import torch
 
+from mpocli.config.overparam import Overparam
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.expand import expand
 from mpocli.hf.replace import dense_shape, remove
-from mpocli.methods.overparam import (
-    Expanded,
-    Overparam,
-    OverparamReport,
-    check,
-    interval,
-    portion,
-    scoring_steps,
-    site_shape,
-    top,
-)
+from mpocli.methods.overparam import Expanded, OverparamReport, check, interval, portion, scoring_steps, site_shape, top
 from mpocli.methods.training.fit import fit
 from mpocli.methods.training.run import TrainingRun
 from mpocli.methods.training.schedule import warmed_up

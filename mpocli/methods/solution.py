@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mpocli.config.budget import Budget
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
-from mpocli.methods.budget import Budget
 from mpocli.methods.norms import Norm, Norms
 from mpocli.mpo import MPO, SiteShape
 from mpocli.mpo.candidates import Candidate, all_of, papers

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mpocli.config.sparsify import CALIBRATED, SparsifyConfig, check_options
 from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_tokenizer
@@ -19,7 +20,6 @@ from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.kept import Kept
 from mpocli.methods.sparsify_calibrated import prune_by_activations
-from mpocli.methods.sparsify_config import CALIBRATED, SparsifyConfig, check_options
 from mpocli.methods.sparsify_plan import plan
 from mpocli.methods.sparsify_write import SparseTensor, add_metrics, given_pruner, magnitude_pruner, write_sparse
 from mpocli.methods.task_data import check_trained_head, evaluate, prepare

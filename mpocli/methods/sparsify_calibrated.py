@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.activations import Inputs
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import sequential
 from mpocli.hf.loading import load_as_saved
 from mpocli.methods.calibration_data import calibration_batches, fed
-from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
 from mpocli.nn import MPOModule

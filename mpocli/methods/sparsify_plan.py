@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpocli.config.sparsify import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
 from mpocli.hf.targets import Weight
 from mpocli.methods.kept import Kept
-from mpocli.methods.sparsify_config import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.nn.masked import Layout
 
 

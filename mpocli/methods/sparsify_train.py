@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.encoded import encodings_of
 from mpocli.hf.packing import set_encodings
 from mpocli.hf.replace import dense_shape, local_name
@@ -15,7 +16,6 @@ from mpocli.hf.roles import role_of
 from mpocli.hf.stored import stored_dtypes
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.bitmask import Bitmask
-from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.methods.sparsify_write import SparseTensor, described
 from mpocli.methods.training.fit import fit
@@ -56,7 +56,7 @@ def run(training: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]
 def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -> tuple[Trained, list[Place]]:
     """Train with masks whose sparsity follows the schedule, and make the masked weights the weights."""
     student, optimisation = run.student, config.optimisation
-    teacher = distillation_of(config, run.data, run.checkpoint)
+    teacher = distillation_of(config.distillation, run.data, run.checkpoint, trust_remote_code=config.trust_remote_code)
     dense = sum(parameter.numel() for parameter in student.parameters())
     sparse_before = encodings_of(student)
     places = [_place(student, target, sparse_before) for target in targets]

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.targets import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import MANIFEST, Manifest, Totals
 from mpocli.methods.rewrite import Progress, Rewriting, Stored, as_stored
-from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.sparsify_plan import Target
 from mpocli.mpo.linalg import check_finite
 from mpocli.sparse import global_masks, zeros_in

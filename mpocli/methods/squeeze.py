@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpocli.config.squeeze import SqueezeConfig, check_options
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
-from mpocli.methods.squeeze_config import SqueezeConfig, check_options, target_params
 from mpocli.methods.squeeze_rounds import Squeezer, Watch
 from mpocli.methods.squeeze_state import RECORDS, Progressed, RoundRecord, load_round, write_records
+from mpocli.methods.squeeze_target import target_params
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.run import TrainingRun, load
 from mpocli.methods.training.state import last_state

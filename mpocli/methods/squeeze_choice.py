@@ -5,49 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from mpocli.errors import UsageError
+from mpocli.config.squeeze import Order, Step
 from mpocli.mpo import bond_spectra, entropy_nats, inner_bonds_of_centre
 from mpocli.nn import MPOModule
-
-Order = Literal["error", "cumulative", "entropy", "sensitivity"]
-ORDERS = ("error", "cumulative", "entropy", "sensitivity")
-TIES = ("matrix", "kind")
-
-
-@dataclass(frozen=True)
-class Step:
-    """How much a bond shrinks in one round: so many dimensions, or a share of what it has.
-
-    >>> Step.parse("4").below(100), Step.parse("10%").below(64)
-    (96, 57)
-    """
-
-    dims: int = 0
-    share: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Step:
-        """`8`, or a share as `5%` or `0.05`; `UsageError` for anything else."""
-        try:
-            percent = float(text.rstrip("% ")) / 100 if "%" in text else None
-            step = (
-                cls(dims=int(text)) if percent is None and text.strip().isdigit() else cls(share=percent or float(text))
-            )
-        except ValueError:
-            step = cls()
-        if (step.dims < 1) == (not 0 < step.share < 1):
-            raise UsageError(
-                f"--step {text!r} is no step", hint="write a number of dimensions, 8, or a share, 5% or 0.05"
-            )
-        return step
-
-    def below(self, width: int) -> int:
-        """The width after one step, at least 1."""
-        return max(1, width - (self.dims or math.ceil(self.share * width)))
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpocli.config.squeeze import SqueezeConfig
 from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.hf.stored import rounded, stored_dtypes
 from mpocli.io.manifest import Totals
 from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, at_once, best, candidates, groups
-from mpocli.methods.squeeze_config import SqueezeConfig
 from mpocli.methods.squeeze_state import Cut, Progressed, RoundRecord, save_round
 from mpocli.methods.task_data import evaluate
 from mpocli.methods.training.fit import fit

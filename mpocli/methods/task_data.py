@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpocli.config.data import DataOptions
+from mpocli.config.tasks import Task, task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.config import class_name
@@ -19,41 +20,7 @@ from mpocli.train.data import Examples, read_examples, read_text, references, sp
 from mpocli.train.encode import Encoded, Windows, collate, encode, lm_windows
 from mpocli.train.models import Family, family_of
 from mpocli.train.predict import Progress, Run, mask_tokens, run_examples, run_generation, run_windows, score
-from mpocli.train.tasks import Task, task_named
 from mpocli.train.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What to train and evaluate on, and how it becomes tokens."""
-
-    task: str
-    train: str | None = None
-    eval: tuple[str, ...] = ()
-    test: str | None = None
-    text_columns: tuple[str, ...] = ()
-    label_column: str | None = None
-    limit: int | None = None
-    max_length: int = 128
-    eval_batch_size: int = 32
-    precision: str = "fp32"
-    max_new_tokens: int = 96
-    tokenizer: str | None = None
-    seed: int = 0
-
-    def recorded(self) -> dict[str, Any]:
-        """For the manifest: files by their names, without their folders."""
-        options = asdict(self)
-        for key in ("train", "test", "tokenizer"):
-            options[key] = options[key] and Path(options[key]).name
-        options["eval"] = [Path(name).name for name in self.eval]
-        for left_out in ("eval_batch_size", "precision", "seed"):
-            del options[left_out]
-        return options
-
-    def files(self) -> list[str | None]:
-        """As they were named, so that a resumed run is not given others of the same names."""
-        return [self.train, *self.eval, self.test, self.tokenizer]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Torch modules whose weights are MPOs; no transformers."""
 
+from mpocli.config.routing import RouterOptions
 from mpocli.nn.cores import TOMBSTONE, MPOModule, Update
 from mpocli.nn.embedding import MPOEmbedding
 from mpocli.nn.experts import DenseExperts, MPOExperts, attach_router
 from mpocli.nn.linear import MPOLinear
-from mpocli.nn.router import Router, RouterOptions, Shared
+from mpocli.nn.router import Router, Shared
 
 __all__ = [
     "TOMBSTONE",

@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mpocli.config.scoring import Scoring
 from mpocli.errors import InputError
 from mpocli.nn.straight_through import MaskedUpdate, updated
 from mpocli.sparse.masks import Pattern, global_masks, n_of_m_mask, smallest_mask, zeros_in
 
 Layout = Literal["matrix", "transposed", "core"]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What a mask is made from (PST, IJCAI 2022, §3): S = |W′| + α₁ A B + α₂ (R 1ᵀ + 1 Cᵀ) + F.
-
-    `rank` of U V (0: none, the weight itself is trained), `score_rank` of A B, `structured` for R and C, `full` for F;
-    `magnitude` says whether |W′| counts, and `attached` whether gradients pass to it.
-    """
-
-    rank: int = 8
-    score_rank: int = 8
-    beta: float = 1.0
-    alpha1: float = 1.0
-    alpha2: float = 1.0
-    structured: bool = True
-    full: bool = False
-    magnitude: bool = True
-    attached: bool = True
-
-    @classmethod
-    def of(cls, method: str) -> Scoring:
-        """`pst` with its published defaults, `magnitude` and `movement` as baselines that train the weight itself."""
-        if method == "magnitude":
-            return cls(rank=0, score_rank=0, structured=False, attached=False)
-        if method == "movement":
-            return cls(rank=0, score_rank=0, structured=False, full=True, magnitude=False, attached=False)
-        return cls()
 
 
 class MaskedWeight(nn.Module):

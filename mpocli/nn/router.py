@@ -4,54 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpocli.config.routing import RouterOptions
 from mpocli.errors import InputError
 from mpocli.nn.padding import spread
 
-
-@dataclass(frozen=True)
-class RouterOptions:
-    """How tokens are routed and what training adds for it.
-
-    `switch` takes one expert a token, `topk` takes `top_k`. `capacity_factor` F drops what exceeds
-    ⌈F·k·tokens/experts⌉ at an expert, None drops nothing. `jitter` multiplies the router's input by 1 ± jitter in
-    training. `scale_by_prob` scales a single expert's output by its probability (Switch's own way, which changes the
-    start). `balance_loss` and `z_loss` are factors in the training loss.
-    """
-
-    kind: Literal["switch", "topk"] = "switch"
-    top_k: int = 1
-    capacity_factor: float | None = None
-    jitter: float = 0.0
-    scale_by_prob: bool = False
-    balance_loss: float = 0.01
-    z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("switch", "topk"):
-            raise InputError(f"kind {self.kind!r}: no such router", hint="switch or topk")
-        if self.top_k < 1 or (self.kind == "switch" and self.top_k > 1):
-            most = "one expert" if self.kind == "switch" else "one expert or more"
-            raise InputError(
-                f"top_k {self.top_k}: a {self.kind} router sends a token to {most}", hint="topk takes more"
-            )
-        if self.scale_by_prob and self.top_k > 1:
-            raise InputError(
-                f"scale_by_prob with top_k {self.top_k}: it is for one expert a token",
-                hint="the gates of several sum to 1",
-            )
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise InputError(f"capacity_factor {self.capacity_factor}", hint="above 0, or none to drop no token")
-        if not 0 <= self.jitter < 1:
-            raise InputError(f"jitter {self.jitter}", hint="at least 0, less than 1")
-        for name in ("balance_loss", "z_loss"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)}", hint="at least 0")
+_SWITCH = RouterOptions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +120,7 @@ class Router(nn.Module):
         self,
         features: int,
         experts: int,
-        options: RouterOptions = RouterOptions(),
+        options: RouterOptions = _SWITCH,
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,

@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mpocli.config.tasks import Task
 from mpocli.errors import InputError, UsageError
 from mpocli.io.json_file import parse_json
 from mpocli.io.readable import is_there, why_unreadable
-from mpocli.train.tasks import Task
 
 _LINES = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 FORMATS = (*_LINES, ".parquet")

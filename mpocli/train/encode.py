@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpocli.config.tasks import Task
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.foreign import foreign
 from mpocli.train.data import Examples
-from mpocli.train.tasks import Task
 from mpocli.train.vocabulary import Vocabulary
 
 Family = Literal["encoder", "causal", "seq2seq"]

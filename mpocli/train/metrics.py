@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpocli.config.tasks import Task
 from mpocli.errors import NumericsError
-from mpocli.train.tasks import Task
 
 
 def compute(task: Task, predictions: Sequence[Any], labels: Sequence[Any], *, suffix: str = "") -> dict[str, float]:

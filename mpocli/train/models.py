@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mpocli.config.tasks import Task
 from mpocli.errors import InputError
 from mpocli.hf.config import class_name
 from mpocli.hf.loading import load
-from mpocli.train.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpocli.config.tasks import Task
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.foreign import foreign
 from mpocli.nn.evaluating import evaluating
@@ -19,7 +20,6 @@ from mpocli.nn.logits import rows_at_once, slices
 from mpocli.train.encode import IGNORE, Windows, collate
 from mpocli.train.metrics import compute, language_modelling, perplexity
 from mpocli.train.models import Family, vocabulary_of
-from mpocli.train.tasks import Task
 from mpocli.train.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

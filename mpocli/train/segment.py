@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,10 +26,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, NumericsError, UsageError
 from mpocli.hf.foreign import foreign
 from mpocli.io.disk import is_no_room
-from mpocli.modes import OF_CORES
 from mpocli.train.distill import Distillation
 from mpocli.train.interrupt import CheckpointOnInterrupt
 from mpocli.train.moments import Moments, put_moments
@@ -41,26 +41,6 @@ _CHECKPOINT = "checkpoint-"
 _RAW = "parameters.safetensors"
 # A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
 _LEAST_SAVE_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """How to optimise: the options of `finetune` that are about steps, not about data."""
-
-    lr: float = 1e-4
-    mpo_lr: Annotated[float | None, OF_CORES] = None
-    weight_decay: float = 0.0
-    warmup: float = 0.06
-    clip: float = 1.0
-    batch_size: int = 32
-    accumulation: int = 1
-    precision: str = "fp32"
-    gradient_checkpointing: bool = False
-    group_by_length: bool = True
-    log_steps: int = 50
-    save_steps: int | None = None
-    report_to: tuple[str, ...] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True)

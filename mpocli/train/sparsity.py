@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from mpocli.nn.masked import Layout, MaskedWeight, MaskGroup, Scoring, fold_mask, holder, mask_weight
+from mpocli.config.scoring import Scoring
+from mpocli.nn.masked import Layout, MaskedWeight, MaskGroup, fold_mask, holder, mask_weight
 from mpocli.sparse import CubicSchedule, Pattern
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import transformers as tf
 
-from mpocli.nn.masked import MaskedWeight, Scoring
+from mpocli.config.scoring import Scoring
+from mpocli.nn.masked import MaskedWeight
 from mpocli.sparse import Pattern
 from mpocli.train.sparsity import Place, put_masks
 

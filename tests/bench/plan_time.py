@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from mpocli.config.budget import Budget
+from mpocli.config.calibration import Calibration
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose
-from mpocli.methods.budget import Budget
-from mpocli.methods.calibration_data import Calibration
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 
 def make(directory: Path, tokenizer: str) -> None:

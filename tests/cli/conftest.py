@@ -15,8 +15,8 @@ from cli import tasks
 from cli.processes import Server
 from cli.shell import Cli, Outcome
 from mpocli.cli.app import main
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 
 @pytest.fixture

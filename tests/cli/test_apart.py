@@ -10,7 +10,10 @@ import pytest
 
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
 from mpocli.cli.group import COMMANDS, command
-from mpocli.methods.inputs import _OPTIONS
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.evaluate import EvalConfig
+from mpocli.config.finetune import FinetuneConfig
+from mpocli.config.option import declared
 
 SST2 = ("--task", "sst2")
 
@@ -93,7 +96,9 @@ def test_every_option_that_names_a_path_is_under_the_rule() -> None:
     options = [option for name in COMMANDS for option in command(name).params if option.opts[0][:2] == "--"]
     read = {option.opts[0] for option in options if option.metavar in ("MODEL", "DATA")}
     written = {option.opts[0] for option in options if option.metavar in ("FILE", "DIR")}
-    assert read == {*_OPTIONS.values(), "--baseline", "--base"}  # `inspect --base` writes nothing
+    configs = (DecomposeConfig, EvalConfig, FinetuneConfig)
+    named = {one.option.name for config in configs for one in declared(config) if one.option.reads}
+    assert read == {*named, "--baseline", "--base"}  # `inspect --base` writes nothing
     assert written == {"--out", "--predictions", "--plot", "--sensitivity", "--cache"}
 
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 VERBS = ("decompose", "merge", "inspect")

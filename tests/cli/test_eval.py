@@ -15,13 +15,13 @@ import transformers as tf
 
 from cli import tasks
 from cli.shell import Cli, edited, refused, rewrite, succeeded, tree
+from mpocli.config.data import DataOptions
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.optimisation import Optimisation
 from mpocli.hf import quiet
 from mpocli.methods import decompose, finetune
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.task_data import DataOptions
 from mpocli.nn import logits
 from mpocli.train import predict
-from mpocli.train.segment import Optimisation
 
 
 @pytest.fixture(scope="module")

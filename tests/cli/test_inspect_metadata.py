@@ -16,11 +16,11 @@ import torch
 import transformers as tf
 
 from cli.shell import WEIGHTS, Cli, Outcome, edited, rewrite, succeeded
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.methods import decompose, expand_moe, inspect, merge, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.expand_moe import ExpandConfig
-from mpocli.methods.sparsify_config import SparsifyConfig
 
 # Runs commands one after another where importing torch or transformers is an error, and says what each gave.
 _BLOCKED = """

@@ -28,7 +28,7 @@ import torch
 from transformers import T5EncoderModel
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
+from mpocli.config.decompose import DecomposeConfig
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

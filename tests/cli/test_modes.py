@@ -12,8 +12,9 @@ import pytest
 from cli.shell import Cli, refused
 from mpocli.cli import group
 from mpocli.cli.command import options
+from mpocli.config.modes import Always, Called, Condition, OfModel, Rule, Without, check, needs, of_model
+from mpocli.config.of_model import check_model
 from mpocli.errors import UsageError
-from mpocli.modes import Always, Condition, OfModel, Option, Rule, Without, check, check_model, needs, of_model
 
 COMMANDS: dict[str, Any] = {name: group.command(name) for name in group.COMMANDS}
 # What can be written after an option; another than the default where there is one. Numbers are 1.
@@ -63,7 +64,7 @@ class Words:
     def words(self) -> list[str]:
         return [word for name, value in self.given.items() for word in ([name] if value is True else [name, value])]
 
-    def options(self) -> list[Option]:
+    def options(self) -> list[Called]:
         return [
             replace(option, value=self._value(name, option.value), given=name in self.given)
             for name, option in EVERY[self.command].items()
@@ -192,13 +193,13 @@ def test_a_new_option_without_a_marker_and_a_new_command_are_found_by_the_walk()
 
 
 def test_messages_say_what_is_missing_or_in_the_way_and_what_to_do() -> None:
-    def said(*found: Option) -> str:
+    def said(*found: Called) -> str:
         with pytest.raises(UsageError) as refusal:
             check(found)
         return str(refusal.value)
 
-    def option(name: str, value: Any, *markers: Rule, given: bool = True) -> Option:
-        return Option(name, value, given, markers, "N")
+    def option(name: str, value: Any, *markers: Rule, given: bool = True) -> Called:
+        return Called(name, value, given, markers, "N")
 
     static = needs("--overparam static", "--overparam dynamic", why="it takes all")
     none, svd = option("--overparam", None, given=False), option("--overparam", "svd")
@@ -245,7 +246,6 @@ OF_DENSE: dict[str, Sequence[object]] = {
 
 
 def test_options_of_models_are_those_that_finetune_and_decompose_refuse() -> None:
-    """No marker of a model stands on a command line alone: the configuration has the same one."""
     of_models = {
         (command, name)
         for command in ("finetune", "decompose", "plan")
@@ -253,7 +253,8 @@ def test_options_of_models_are_those_that_finetune_and_decompose_refuse() -> Non
         if any(isinstance(marker, OfModel) for marker in option.markers)
     }
     caps = {("decompose", f"--{role}-trunc") for role in ("emb", "attention", "ffn", "pooler")}
-    assert of_models == caps | {("finetune", option) for option in OF_DENSE}
+    dense = {("decompose", option) for option in ("--sites", "--shape", "--when-larger")} | {("plan", "--sites")}
+    assert of_models == caps | dense | {("finetune", option) for option in OF_DENSE}
 
 
 @pytest.mark.parametrize("option", OF_DENSE)

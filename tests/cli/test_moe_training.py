@@ -16,10 +16,10 @@ from cli import tasks
 from cli.moe import routing, weights
 from cli.processes import Moment, Server
 from cli.shell import Cli, refused, succeeded, tree
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.expand_moe import ExpandConfig
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import decompose, expand_moe
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.expand_moe import ExpandConfig
 
 Run = Callable[..., dict[str, Any]]
 

@@ -28,7 +28,6 @@ def described(command: str) -> dict[str, Any]:
             "flag": getattr(parameter, "is_flag", False),
             "multiple": getattr(parameter, "multiple", False),
             "required": parameter.required,
-            "shows_default": parameter.show_default,
             "help": getattr(parameter, "help", None),
         }
         found[", ".join(parameter.opts)] = {name: fact for name, fact in facts.items() if fact not in (None, False)}
@@ -58,7 +57,6 @@ def test_the_list_has_every_command_and_most_of_their_options() -> None:
         "default": 1e-4,
         "metavar": "X",
         "panel": "How to train",
-        "shows_default": True,
         "help": "Peak learning rate.",
     }
 

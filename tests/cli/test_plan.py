@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cli import tasks
 from cli.shell import Cli, refused, succeeded, tree
-from mpocli.cli.budget_options import named_task
+from mpocli.config.budget import named_task
 from mpocli.hf import moments
 from mpocli.hf.moments import collect
 from mpocli.hf.probe import Probe

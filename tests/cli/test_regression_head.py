@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpocli.config.data import DataOptions
+from mpocli.config.optimisation import Optimisation
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import finetune
-from mpocli.methods.task_data import DataOptions, prepare
+from mpocli.methods.task_data import prepare
 from mpocli.methods.training.student import load_student
-from mpocli.train.segment import Optimisation
 
 
 def test_a_new_head_starts_at_the_mean_and_a_trained_one_does_not(lab: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import mpocli  # noqa: F401 (its loader)
 from cli import tasks
 from cli.processes import Ended, Moment, Server
 from cli.shell import WEIGHTS, Cli, Outcome, refused, succeeded, tree
+from mpocli.config.scoring import Scoring
 from mpocli.methods.training import fit as fitting
-from mpocli.nn.masked import Scoring
 from mpocli.sparse import Pattern
 from mpocli.train.sparsity import Place, put_masks
 

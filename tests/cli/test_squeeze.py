@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.shrink import mpo_modules
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.methods.squeeze_choice import Candidate, best
 from mpocli.methods.training import fit as fitting
 from mpocli.train.moments import take_moments
@@ -47,9 +47,9 @@ def tuned(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     tasks.save("bert", made / "body", initializer_range=0.1, layers=2, **still)
     decompose.run(str(made / "body"), DecomposeConfig(), made / "mpo")
+    from mpocli.config.data import DataOptions
+    from mpocli.config.optimisation import Optimisation
     from mpocli.methods import finetune
-    from mpocli.methods.task_data import DataOptions
-    from mpocli.train.segment import Optimisation
 
     data = DataOptions("sst2", train=str(lab / "train.tsv"), max_length=32)
     how = Optimisation(lr=3e-3, batch_size=8)

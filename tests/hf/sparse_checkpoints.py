@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.sparsify_config import SparsifyConfig
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.sparsify import SparsifyConfig
 
 WEIGHTS = "model.safetensors"
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,11 +12,11 @@ import torch
 from families import logits, make
 from huggingface_hub.repocard import metadata_load
 
+from mpocli.config.budget import Budget
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.card import license_of, model_card
 from mpocli.io.manifest import Manifest
 from mpocli.methods import decompose
-from mpocli.methods.budget import Budget
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import plan_shards
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.mpo import SiteShape
 
 

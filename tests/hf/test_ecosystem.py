@@ -10,8 +10,8 @@ import torch
 import transformers
 from families import VOCABULARY, logits, make
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule
 
 TRUNCATED = DecomposeConfig(trunc=6, when_larger="decompose")

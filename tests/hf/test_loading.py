@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from strangers import run_stranger
 
 import mpocli
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose, merge
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOEmbedding, MPOLinear, MPOModule
 

@@ -12,9 +12,10 @@ from families import VOCABULARY, logits, make
 from safetensors.torch import load_file
 
 import mpocli  # noqa: F401  (registers the loader)
-from mpocli.hf.routing import RoutingConfig, last_of, routers
+from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.routing import RoutingConfig
+from mpocli.hf.routing import last_of, routers
 from mpocli.methods import expand_moe
-from mpocli.methods.expand_moe import ExpandConfig
 from mpocli.nn import MPOExperts, RouterOptions
 
 FAMILIES = (

@@ -12,10 +12,12 @@ from models import BERT, VOCABULARY, prepared
 from torch import Tensor
 
 import mpocli  # noqa: F401  (registers the loader)
+from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
-from mpocli.hf.routing import RoutingConfig, routers
+from mpocli.hf.routing import routers
 from mpocli.methods import expand_moe
-from mpocli.methods.expand_moe import ExpandConfig, ExpandReport
+from mpocli.methods.expand_moe import ExpandReport
 from mpocli.nn import RouterOptions
 from mpocli.nn.router import Statistics
 

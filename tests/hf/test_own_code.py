@@ -16,9 +16,9 @@ from models import VOCABULARY, logits, prepared
 from sparse_checkpoints import pruning
 
 import mpocli  # noqa: F401
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import decompose, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule
 
 LAYERS = ("embedding", "attention", "ffn", "head")

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.methods import decompose, inspect
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "models"
 CLASSES = {

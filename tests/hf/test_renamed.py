@@ -17,10 +17,10 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter, WeightRenaming
 
 import mpocli  # noqa: F401
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.expand_moe import ExpandConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import decompose, expand_moe, merge, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.expand_moe import ExpandConfig
 
 LAYERS = ("embedding", "attention", "ffn", "head")
 # Rules that hold for a weight and not for what is called after it, and a key that does not end in `.weight`.

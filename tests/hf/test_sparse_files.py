@@ -13,10 +13,10 @@ from models import bert_classifier
 from safetensors.torch import load_file
 from sparse_checkpoints import BRAIN, NAME, WEIGHTS, assert_same, bits, prunes, pruning, stored, weights_size
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import decompose, inspect, merge, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])

@@ -29,9 +29,9 @@ from sparse_checkpoints import (
     zeroed,
 )
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import decompose, inspect, merge, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
 
 CASES = [
     ("bert-classifier", torch.float32),

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mpocli  # noqa: F401  (registers the loader)
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.hf.stored import round_to, rounded, stored_dtypes
 from mpocli.methods import decompose, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.sparsify_config import SparsifyConfig
 
 
 def mixed(directory: Path, model: tf.PreTrainedModel) -> Path:

@@ -12,9 +12,9 @@ import transformers as tf
 from families import FAMILIES, VOCABULARY, logits, make
 from safetensors.torch import load_file, save_file
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import decompose, inspect, merge
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOEmbedding, MPOLinear, MPOModule
 
 LOSSLESS = DecomposeConfig(layers=("embedding", "attention", "ffn", "pooler", "head"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpocli.config.budget import Budget
 from mpocli.hf.targets import Weight
-from mpocli.methods.budget import Budget
 from mpocli.methods.norms import Norm
 from mpocli.methods.plan_by_error import smallest_within
 from mpocli.methods.solution import Solution, Workshop

@@ -15,6 +15,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpocli.config.decompose import DecomposeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
@@ -22,7 +23,6 @@ from mpocli.io.encodings import known
 from mpocli.io.encodings.base import Encoding, Part
 from mpocli.io.manifest import Manifest, Totals
 from mpocli.methods import decompose, inspect, merge
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.methods.rewrite import Rewriting, Stored, as_stored
 
 MOST = 5 * 10**9

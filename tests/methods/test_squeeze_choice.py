@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from mpocli.methods.squeeze_choice import Bond, Spectra, Step, Widths, accumulated, best, candidates
+from mpocli.config.squeeze import Step
+from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, accumulated, best, candidates
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOLinear
 

@@ -13,14 +13,15 @@ import torch
 from cli import tasks
 from safetensors.torch import load_file
 
+from mpocli.config.data import DataOptions
+from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, NumericsError
 from mpocli.io.claim import writes_output
-from mpocli.methods.task_data import DataOptions
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.fit import fit
 from mpocli.methods.training.run import TrainingRun, Written, load
 from mpocli.methods.training.schedule import warmed_up
-from mpocli.train.segment import METRICS, Optimisation
+from mpocli.train.segment import METRICS
 
 
 @dataclass(frozen=True)

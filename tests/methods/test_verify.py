@@ -16,14 +16,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import mpocli
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.routing import RoutingConfig
+from mpocli.config.sparsify import SparsifyConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint, write_trained
-from mpocli.hf.routing import RoutingConfig
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import decompose, expand_moe, inspect, merge, sparsify
-from mpocli.methods.decompose_plan import DecomposeConfig
-from mpocli.methods.expand_moe import ExpandConfig
-from mpocli.methods.sparsify_config import SparsifyConfig
 from mpocli.methods.verify import PROVENANCE
 from mpocli.nn import RouterOptions
 from mpocli.sparse import Pattern

@@ -10,9 +10,10 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mpocli.config.scoring import Scoring
 from mpocli.mpo import MPO, SiteShape
 from mpocli.nn import MPOLinear
-from mpocli.nn.masked import MaskedWeight, MaskGroup, Scoring, fold_mask, holder, mask_weight
+from mpocli.nn.masked import MaskedWeight, MaskGroup, fold_mask, holder, mask_weight
 from mpocli.sparse import Pattern, zeros_in
 
 ROWS, COLUMNS = 10, 12

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.train.data import Examples, read_examples, read_text, references, split_off, take
-from mpocli.train.tasks import task_named
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 RTE, SST2, STSB = task_named("rte"), task_named("sst2"), task_named("stsb")

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.train import encode as module
 from mpocli.train.data import Examples
 from mpocli.train.encode import IGNORE, SEPARATOR, collate, encode, lm_windows
-from mpocli.train.tasks import task_named
 from mpocli.train.vocabulary import Vocabulary
 
 SST2, RTE, STSB, E2E = (task_named(name) for name in ("sst2", "rte", "stsb", "e2e"))

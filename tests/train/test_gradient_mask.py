@@ -14,13 +14,14 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.optimisation import Optimisation
 from mpocli.methods import expand_moe
-from mpocli.methods.expand_moe import ExpandConfig
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOExperts
 from mpocli.train.encode import collate
 from mpocli.train.gradient_mask import GradientMask
-from mpocli.train.segment import Optimisation, Schedule, SegmentTrainer, last_checkpoint, train_segment
+from mpocli.train.segment import Schedule, SegmentTrainer, last_checkpoint, train_segment
 from mpocli.train.updates import roles
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import transformers as tf
 from cli import tasks
 
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.train.models import load_model
-from mpocli.train.tasks import task_named
 
 TASK = task_named("classification")
 

@@ -10,9 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mpocli.config.tasks import task_named
 from mpocli.errors import NumericsError
 from mpocli.train.metrics import compute, language_modelling, perplexity
-from mpocli.train.tasks import task_named
 
 
 def classes(seed: int, count: int = 200, flip: float = 0.3) -> tuple[list[int], list[int]]:

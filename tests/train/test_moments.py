@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers as tf
 
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.optimisation import Optimisation
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.mpo import cut_bond
 from mpocli.train.encode import collate
 from mpocli.train.moments import cut_moments, take_moments
-from mpocli.train.segment import ByLength, Optimisation, Place, Schedule, SegmentTrainer, Stretch, train_segment
+from mpocli.train.segment import ByLength, Place, Schedule, SegmentTrainer, Stretch, train_segment
 from mpocli.train.updates import set_update
 
 NAME = "bert.encoder.layer.0.attention.self.query"

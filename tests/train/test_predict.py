@@ -11,13 +11,15 @@ import tokenizers
 import torch
 import transformers as tf
 
+from mpocli.config.data import DataOptions
+from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods.task_data import Collator, DataOptions, evaluate, prepare
+from mpocli.methods.task_data import Collator, evaluate, prepare
 from mpocli.train.distill import Distillation
 from mpocli.train.encode import IGNORE, collate
 from mpocli.train.predict import mask_tokens
-from mpocli.train.segment import ByLength, Optimisation, Schedule, SegmentTrainer, check_report_to
+from mpocli.train.segment import ByLength, Schedule, SegmentTrainer, check_report_to
 from mpocli.train.updates import set_update
 from mpocli.train.vocabulary import Vocabulary
 

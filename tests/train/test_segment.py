@@ -15,9 +15,10 @@ import transformers as tf
 from torch.nn import functional as F
 from transformers.integrations import integration_utils
 
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.optimisation import Optimisation
 from mpocli.errors import NumericsError, UsageError
 from mpocli.methods import decompose
-from mpocli.methods.decompose_plan import DecomposeConfig
 from mpocli.nn import MPOModule, logits
 from mpocli.train.best import KeepBest
 from mpocli.train.distill import Distillation, hidden_loss, soft_loss
@@ -25,7 +26,6 @@ from mpocli.train.encode import collate
 from mpocli.train.segment import (
     ByLength,
     MetricsFile,
-    Optimisation,
     Schedule,
     SegmentTrainer,
     check_report_to,

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from cli.tasks import VOCABULARY, tokenizer
 
+from mpocli.config.tasks import task_named
 from mpocli.errors import InputError
 from mpocli.train.data import Examples
 from mpocli.train.encode import encode, lm_windows
-from mpocli.train.tasks import task_named
 from mpocli.train.vocabulary import Vocabulary
 
 SIZE = len(VOCABULARY)

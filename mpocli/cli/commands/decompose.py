@@ -8,165 +8,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from mpocli.cli import budget_options as plan
 from mpocli.cli import options
-from mpocli.cli import task_options as task_
-from mpocli.cli.options import at_least, one_of, share_of
-from mpocli.modes import ALWAYS, Without, excludes, needs, of_role
+from mpocli.config.common import Json, Model, Out, Overwrite
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.modes import ALWAYS
+from mpocli.config.option import Option
 
 if TYPE_CHECKING:
     from mpocli.methods.compare import Compared
     from mpocli.methods.decompose import DecomposeReport
     from mpocli.methods.decompose_report import ModuleReport
 
-SIZE = "How far to truncate"
-WHICH = "Which matrices"
-UNPLANNED = excludes(*plan.BUDGETS, why="the planner chooses shapes and bonds")
-
-Sites = Annotated[
-    int,
-    typer.Option("--sites", metavar="N", help="Cores per matrix.", rich_help_panel=WHICH),
-    needs(
-        "--shapes paper",
-        Without(plan.BUDGETS),
-        why="the planner chooses the shapes",
-        hint="choose --shapes paper, or leave it out",
-    ),
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        "--layers",
-        metavar="ROLES",
-        help="embedding, attention, ffn, pooler, head. Default: the first four.",
-        rich_help_panel=WHICH,
-    ),
-    ALWAYS,
-]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target", metavar="GLOB", help="Modules by name; '*' crosses dots. Repeatable.", rich_help_panel=WHICH
-    ),
-    ALWAYS,
-]
-Ignored = Annotated[
-    list[str] | None,
-    typer.Option("--ignore", metavar="GLOB", help="Modules to leave out. Repeatable.", rich_help_panel=WHICH),
-    ALWAYS,
-]
-
 
 def command(
-    model: options.Model,
-    out: options.Out = None,
-    trunc: Annotated[
-        int | None,
-        typer.Option(
-            "--trunc", metavar="N", help="Cap on every bond dimension. Default: none, lossless.", rich_help_panel=SIZE
-        ),
-        UNPLANNED,
-    ] = None,
-    emb_trunc: Annotated[
-        int | None,
-        typer.Option("--emb-trunc", metavar="N", help="The cap of embeddings.", rich_help_panel=SIZE),
-        UNPLANNED,
-        of_role("embedding"),
-    ] = None,
-    attention_trunc: Annotated[
-        int | None,
-        typer.Option("--attention-trunc", metavar="N", help="Of attention.", rich_help_panel=SIZE),
-        UNPLANNED,
-        of_role("attention"),
-    ] = None,
-    ffn_trunc: Annotated[
-        int | None,
-        typer.Option("--ffn-trunc", metavar="N", help="Of feed-forward layers.", rich_help_panel=SIZE),
-        UNPLANNED,
-        of_role("ffn"),
-    ] = None,
-    pooler_trunc: Annotated[
-        int | None,
-        typer.Option("--pooler-trunc", metavar="N", help="Of the pooler.", rich_help_panel=SIZE),
-        UNPLANNED,
-        of_role("pooler"),
-    ] = None,
-    rel_tol: Annotated[
-        float | None,
-        typer.Option(
-            "--rel-tol",
-            parser=share_of("--rel-tol"),
-            metavar="X",
-            rich_help_panel=SIZE,
-            help="Largest relative Frobenius error of each matrix, before rounding to the stored dtype; "
-            "a cap wins over it.",
-        ),
-        UNPLANNED,
-    ] = None,
-    when_larger: Annotated[
-        str | None,
-        typer.Option(
-            "--when-larger",
-            metavar="keep|decompose",
-            rich_help_panel=SIZE,
-            help="A matrix whose MPO is larger than itself. Default: keep if anything is truncated, else decompose.",
-        ),
-        UNPLANNED,
-    ] = None,
-    ratio: plan.Ratio = None,
-    max_bytes: plan.MaxBytes = None,
-    max_error: plan.MaxError = None,
-    shapes: plan.Shapes = "auto",
-    calibrate: plan.Calibrate = None,
-    samples: plan.Samples = 128,
-    seq_len: plan.SeqLen = 256,
-    weights: plan.Weights = "fisher",
-    allocation: plan.Allocation = "global",
-    sweeps: plan.Sweeps = 10,
-    sequential: plan.Sequential = False,
-    compare: plan.Compare = False,
-    sensitivity: plan.Sensitivity = None,
-    task: Annotated[task_.TaskName, plan.CALIBRATED] = None,
-    text_column: Annotated[task_.TextColumn, plan.CALIBRATED] = None,
-    label_column: Annotated[task_.LabelColumn, plan.CALIBRATED, plan.OF_ROWS] = None,
-    max_length: Annotated[task_.MaxLength, plan.CALIBRATED, plan.OF_ROWS] = 128,
-    tokenizer: Annotated[task_.Tokenizer, plan.CALIBRATED] = None,
-    sites: Sites = 5,
-    layers: Layers = None,
-    target: Targets = None,
-    ignore: Ignored = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape",
-            metavar="GLOB=RxC",
-            rich_help_panel=WHICH,
-            help="Site dimensions, rows x columns, as '*query=3,4,4,4,4x4,4,4,4,3'. Repeatable.",
-        ),
-        UNPLANNED,
-    ] = None,
-    gauge: Annotated[
-        str,
-        typer.Option("--gauge", metavar="canonical|symmetric", help="Where the singular values sit in the cores."),
-        UNPLANNED,
-    ] = "canonical",
-    dtype: options.Dtype = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:0 or auto."), ALWAYS
-    ] = "cpu",
-    seed: Annotated[
-        int,
-        typer.Option("--seed", metavar="N", help="Of the samples that are drawn; recorded in the manifest."),
-        ALWAYS,
-    ] = 0,
-    max_shard_size: options.ShardSize = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exact sizes, write nothing."), ALWAYS] = False,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: Model,
+    *,
+    out: Out = None,
+    config: DecomposeConfig,
+    dry_run: Annotated[bool, Option("--dry-run", "Print exact sizes, write nothing."), ALWAYS] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Turn weight matrices into matrix product operators.
 
@@ -188,34 +49,7 @@ def command(
 
       mpocli decompose gpt2 --ratio 0.5 --layers attention,ffn --calibrate wiki.txt
     """
-    caps = {"--trunc": trunc, "--emb-trunc": emb_trunc, "--attention-trunc": attention_trunc}
-    for option, value in {**caps, "--ffn-trunc": ffn_trunc, "--pooler-trunc": pooler_trunc}.items():
-        at_least(option, value, 1)
-    options.check_tolerance(rel_tol)
-    options.check_sites(sites)
-    one_of("--when-larger", when_larger, ("keep", "decompose"))
-    one_of("--gauge", gauge, ("canonical", "symmetric"))
-    one_of("--dtype", dtype, options.DTYPES)
-    roles = options.parse_layers(layers)
-    shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
-    calibrate, task = plan.named_task(calibrate, task)
-    budget = plan.parse(
-        ratio=ratio,
-        max_bytes=max_bytes,
-        max_error=max_error,
-        shapes=shapes,
-        allocation=allocation,
-        weights=weights,
-        sweeps=sweeps,
-        sequential=sequential,
-        compare=compare,
-        sensitivity=sensitivity,
-        calibrate=calibrate,
-        samples=samples,
-        seq_len=seq_len,
-        data=plan.data(task, text_column, label_column, max_length, tokenizer, seed),
-    )
-    site_shapes = options.parse_shapes(shape or [])
+    options.check_calibration(config.budget)
     destination = out or options.default_out(model, "mpo")
     if not dry_run:
         options.check_out_before_download(model, destination, overwrite=overwrite)
@@ -223,46 +57,21 @@ def command(
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import decompose
-    from mpocli.methods.decompose_plan import DecomposeConfig
     from mpocli.methods.device import device_of
 
-    device_of(device)
-    config = DecomposeConfig(
-        trunc=trunc,
-        emb_trunc=emb_trunc,
-        attention_trunc=attention_trunc,
-        ffn_trunc=ffn_trunc,
-        pooler_trunc=pooler_trunc,
-        rel_tol=rel_tol,
-        sites=sites,
-        shapes=site_shapes,
-        layers=roles,
-        targets=tuple(target or ()),
-        ignore=tuple(ignore or ()),
-        when_larger=when_larger,  # type: ignore[arg-type]
-        gauge=gauge,  # type: ignore[arg-type]
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        max_shard_bytes=shard_bytes,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        budget=budget,
-    )
+    device_of(config.device)
     with quiet.transformers(), render.progress_bar("decompose") as progress:
         report = decompose.run(model, config, destination, overwrite=overwrite, dry_run=dry_run, progress=progress)
 
     def say() -> None:
         show(report)
-        if budget is None and config.truncates:
-            _name_the_planner(report, model, layers, target or [], ignore or [])
+        if config.budget is None and config.truncates:
+            _name_the_planner(report, model, config)
 
     render.report("decompose", report, say, json=json)
 
 
-def _name_the_planner(
-    report: DecomposeReport, model: str, layers: str | None, target: list[str], ignore: list[str]
-) -> None:
+def _name_the_planner(report: DecomposeReport, model: str, config: DecomposeConfig) -> None:
     """What truncating every bond alike costs before any training, and the command that reaches the same size."""
     from mpocli.cli import render
 
@@ -279,9 +88,9 @@ def _name_the_planner(
         line = f"before training, that is an error of {', '.join(losses)} on average"
         render.err.print(line, style="yellow")
     words = ["mpocli", "decompose", model, "--ratio", f"{after / before:.3f}"]
-    words += ["--layers", layers] if layers else []
-    words += [word for glob in target for word in ("--target", glob)]
-    words += [word for glob in ignore for word in ("--ignore", glob)]
+    words += ["--layers", ",".join(config.layers)] if config.layers else []
+    words += [word for glob in config.targets for word in ("--target", glob)]
+    words += [word for glob in config.ignore for word in ("--ignore", glob)]
     line = f"the same size, planned on your text: {shlex.join(words)} --calibrate TEXT"
     render.err.print(line, style="dim")
 

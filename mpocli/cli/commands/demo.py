@@ -8,25 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mpocli.cli import options
-from mpocli.modes import ALWAYS
+from mpocli.config.common import Json
+from mpocli.config.modes import ALWAYS
+from mpocli.config.option import Option
 
 if TYPE_CHECKING:
     from mpocli.methods.demo import DemoReport
 
 
 def command(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the MPO checkpoints go."), ALWAYS
-    ] = Path("mpocli-demo"),
+    out: Annotated[Path, Option("--out", "Where the MPO checkpoints go.", "DIR", short="-o"), ALWAYS] = Path(
+        "mpocli-demo"
+    ),
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Where the demo models are kept. Default: the user's cache."),
+        Option("--cache", "Where the demo models are kept. Default: the user's cache.", "DIR"),
         ALWAYS,
     ] = None,
-    json: options.Json = False,
+    json: Json = False,
 ) -> None:
     """Make two tiny language models, decompose them, load them, predict.
 

@@ -2,119 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
-
-import typer
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mpocli.cli import options
-from mpocli.cli import task_options as task_
+from mpocli.config.common import Json, Model
+from mpocli.config.evaluate import EvalConfig
+from mpocli.config.tasks import task_named
 from mpocli.errors import TargetNotMetError, UsageError
-from mpocli.modes import ALWAYS, excludes, needs
 
 if TYPE_CHECKING:
-    from mpocli.hf.sparse_paths import PathChoice, PathReport
+    from mpocli.hf.sparse_paths import PathReport
     from mpocli.methods.evaluate import EvalReport
-    from mpocli.methods.harness import HarnessOptions, HarnessReport
-
-GATES = "Gates for CI (exit 5)"
-HARNESS = "EleutherAI's harness"
-TASKED = needs("--task")
-HARNESSED = needs("--lm-eval")
-DATA_OR_HARNESS = needs("--task", "--lm-eval", why="nothing is measured")
+    from mpocli.methods.harness import HarnessReport
 
 
 def command(
-    model: options.Model,
-    task: Annotated[task_.TaskName, excludes("--lm-eval", why="the harness has tasks of its own")] = None,
-    evaluate: Annotated[task_.Eval, TASKED] = None,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="Measure this one too, side by side."), ALWAYS
-    ] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", metavar="FILE", help="Write one JSON line per sample."),
-        TASKED,
-        excludes("--task lm", why="a language model makes none"),
-    ] = None,
-    fail_below: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-below",
-            metavar="METRIC=X",
-            help="Worst value that will do: the least, of perplexity the largest.",
-            rich_help_panel=GATES,
-        ),
-        DATA_OR_HARNESS,
-    ] = None,
-    max_drop: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--max-drop", metavar="METRIC=X", help="Most that it may be worse than --baseline.", rich_help_panel=GATES
-        ),
-        needs("--baseline"),
-        DATA_OR_HARNESS,
-    ] = None,
-    text_column: Annotated[task_.TextColumn, TASKED] = None,
-    label_column: Annotated[task_.LabelColumn, TASKED] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            "--max-length",
-            metavar="N",
-            help="Tokens per example, or per window. Default: 128; of --lm-eval the model's.",
-            rich_help_panel=task_.DATA,
-        ),
-        DATA_OR_HARNESS,
-    ] = None,
-    tokenizer: Annotated[task_.Tokenizer, DATA_OR_HARNESS] = None,
-    batch_size: Annotated[
-        int,
-        typer.Option("--batch-size", metavar="N", help="Examples or windows per batch.", rich_help_panel=task_.DATA),
-        DATA_OR_HARNESS,
-    ] = 32,
-    max_new_tokens: Annotated[task_.NewTokens, TASKED] = 96,
-    precision: Annotated[task_.Precision, DATA_OR_HARNESS] = "auto",
-    device: Annotated[task_.Device, DATA_OR_HARNESS] = "auto",
-    path: Annotated[
-        str,
-        typer.Option(
-            "--path",
-            metavar="NAME",
-            help="Layers that are mostly zeros: dense or sparse kernels, or auto: the faster, by a short measurement.",
-        ),
-        TASKED,
-    ] = "auto",
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            "--lm-eval",
-            metavar="TASK,…",
-            help="Tasks of EleutherAI's harness instead, where that is installed.",
-            rich_help_panel=HARNESS,
-        ),
-        ALWAYS,
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option("--num-fewshot", metavar="N", help="Examples in a prompt.", rich_help_panel=HARNESS),
-        HARNESSED,
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", help="Samples of each task.", rich_help_panel=HARNESS),
-        HARNESSED,
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace the file of --predictions if it exists."),
-        needs("--predictions"),
-    ] = False,
-    json: options.Json = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: Model,
+    config: EvalConfig,
+    json: Json = False,
 ) -> None:
     """Measure a checkpoint: the task's metrics, parameters, bytes, memory, latency.
 
@@ -128,49 +35,14 @@ def command(
 
       mpocli eval gpt2-mpo --task lm --eval wiki.test.txt --max-length 1024
     """
-    gates = _gates("--fail-below", fail_below), _gates("--max-drop", max_drop)
-    options.one_of("--path", path, ("auto", "dense", "sparse"))
-    if lm_eval is not None:
-        options.at_least("--num-fewshot", num_fewshot, 0)
-        for option, number in (("--limit", limit), ("--batch-size", batch_size), ("--max-length", max_length)):
-            options.at_least(option, number, 1)
-        options.one_of("--precision", precision, ("auto", "fp32", "bf16"))
-        tasks = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
-        if not tasks:
-            raise UsageError(f"--lm-eval {lm_eval!r} names no task", hint="--lm-eval hellaswag, for example")
-        from mpocli.methods.harness import HarnessOptions
-
-        harness = HarnessOptions(
-            tasks=tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            max_length=max_length,
-            precision=precision,
-            device=device,
-            tokenizer=tokenizer,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        _run_harness(model, harness, baseline, gates, json=json)
+    if config.lm_eval is not None:
+        _run_harness(model, config, json=json)
         return
-    if task is not None and not evaluate:
-        raise UsageError("--eval is missing", hint="name the file to evaluate on")
-    data = None
-    if task is not None:
-        data = task_.data_options(
-            task,
-            evaluate=evaluate,
-            text_column=text_column,
-            label_column=label_column,
-            max_length=128 if max_length is None else max_length,
-            eval_batch_size=batch_size,
-            batch_option="--batch-size",
-            precision=task_.precision_of(precision, device),
-            max_new_tokens=max_new_tokens,
-            tokenizer=tokenizer,
-        )
-        _check_names(data.task, gates)
+    data = config.data_options()
+    if data is not None:
+        options.check_sources(data)
+        data = replace(data, precision=options.precision_of(data.precision, config.device))
+        _check_names(data.task, config)
 
     from mpocli.cli import render
     from mpocli.hf import quiet
@@ -180,61 +52,55 @@ def command(
         report = method.run(
             model,
             data,
-            baseline=baseline,
-            predictions=predictions,
-            overwrite=overwrite,
-            device=device,
-            path=cast("PathChoice", path),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            baseline=config.baseline,
+            predictions=config.predictions,
+            overwrite=config.overwrite,
+            device=config.device,
+            path=config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
     render.report("eval", report, lambda: _show(report), json=json)
-    missed = method.check_gates(report, *gates)
-    if missed:
-        raise TargetNotMetError("; ".join(missed), hint="compress less, or fine-tune longer")
+    _check_gates(report, config)
 
 
-def _gates(option: str, texts: list[str] | None) -> list[tuple[str, float]]:
-    found = []
-    for text in texts or []:
-        name, _, number = text.partition("=")
-        try:
-            found.append((name.strip(), _value(name, number, option)))
-            if not math.isfinite(found[-1][1]):
-                raise ValueError
-        except (ValueError, UsageError):
-            raise UsageError(f"{option} {text!r} cannot be read", hint=f"write it as {option} accuracy=0.85") from None
-    return found
-
-
-def _value(name: str, number: str, option: str) -> float:
-    """A metric's bound; metrics from 0 to 1 may be written as a share, as 85%."""
-    return float(number) if "perplexity" in name or name.strip() == "bleu" else options.share(number, option)
-
-
-def _check_names(task: str, gates: tuple[list[tuple[str, float]], ...]) -> None:
+def _check_names(task: str, config: EvalConfig) -> None:
     """Before an evaluation, not after it."""
-    from mpocli.train.tasks import task_named
-
     known = task_named(task).metrics
-    for name, _ in (gate for found in gates for gate in found):
+    for name, _ in (*config.fail_below, *config.max_drop):
         if name not in known:
             raise UsageError(f"no metric {name!r} is measured for --task {task}", hint=f"there are {', '.join(known)}")
 
 
-def _run_harness(
-    model: str, harness: HarnessOptions, baseline: str | None, gates: tuple[list[tuple[str, float]], ...], *, json: bool
-) -> None:
-    from mpocli.cli import render
-    from mpocli.methods import evaluate
-    from mpocli.methods import harness as method
+def _check_gates(report: EvalReport | HarnessReport, config: EvalConfig) -> None:
+    from mpocli.methods.evaluate import check_gates
 
-    report = method.run(model, harness, baseline=baseline)
-    render.report("eval", report, lambda: _show_harness(report), json=json)
-    missed = evaluate.check_gates(report, *gates)
+    missed = check_gates(report, config.fail_below, config.max_drop)
     if missed:
         raise TargetNotMetError("; ".join(missed), hint="compress less, or fine-tune longer")
+
+
+def _run_harness(model: str, config: EvalConfig, *, json: bool) -> None:
+    from mpocli.cli import render
+    from mpocli.methods import harness as method
+
+    assert config.lm_eval is not None
+    harness = method.HarnessOptions(
+        tasks=config.lm_eval,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        precision=config.precision,
+        device=config.device,
+        tokenizer=config.tokenizer,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    report = method.run(model, harness, baseline=config.baseline)
+    render.report("eval", report, lambda: _show_harness(report), json=json)
+    _check_gates(report, config)
 
 
 def _show_harness(report: HarnessReport) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mpocli.cli import options
-from mpocli.modes import ALWAYS, needs
+from mpocli.config.common import Json, Model
+from mpocli.config.inspect import InspectConfig
 
 if TYPE_CHECKING:
     from mpocli.methods.inspect import InspectReport, ModuleView
@@ -18,38 +16,9 @@ _WIDTH = 30
 
 
 def command(
-    model: options.Model,
-    module: Annotated[
-        list[str] | None,
-        typer.Option("--module", metavar="GLOB", help="Only these matrices, one row each. Repeatable."),
-        ALWAYS,
-    ] = None,
-    spectrum: Annotated[
-        bool,
-        typer.Option("--spectrum", help="Singular values and entropy of every bond (of a dense matrix too)."),
-        ALWAYS,
-    ] = False,
-    sites: Annotated[
-        int, typer.Option("--sites", metavar="N", help="Sites for a dense matrix's spectrum."), needs("--spectrum")
-    ] = 5,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Check hashes, shapes, counts and canonical form; exit 3 on a mismatch."),
-        ALWAYS,
-    ] = False,
-    count_zeros: Annotated[
-        bool,
-        typer.Option("--count-zeros", help="Read weights that are stored dense too, and count their zeros."),
-        ALWAYS,
-    ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="With --verify: recompute every claimed error against it."),
-        needs("--verify"),
-    ] = None,
-    json: options.Json = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: Model,
+    config: InspectConfig,
+    json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: parameters by role and matrix, bonds, errors, bytes.
 
@@ -63,27 +32,13 @@ def command(
 
       mpocli inspect bert-base-uncased-mpo --verify --base bert-base-uncased
     """
-    from mpocli.errors import InputError
-
-    options.check_sites(sites)
-
     from mpocli.cli import render
+    from mpocli.errors import InputError
     from mpocli.methods import inspect
 
-    with render.progress_bar("inspect", enabled=spectrum or verify) as progress:
-        report = inspect.run(
-            model,
-            module=tuple(module or ()),
-            spectrum=spectrum,
-            verify=verify,
-            count_zeros=count_zeros,
-            base=base,
-            sites=sites,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    render.report("inspect", report, lambda: _show(report, one_by_one=bool(module)), json=json)
+    with render.progress_bar("inspect", enabled=config.spectrum or config.verify) as progress:
+        report = inspect.run(model, **vars(config), progress=progress)
+    render.report("inspect", report, lambda: _show(report, one_by_one=bool(config.module)), json=json)
     if report.problems:
         raise InputError(
             f"{model}: {len(report.problems)} of {report.checks} checks failed; the first: {report.problems[0]}",

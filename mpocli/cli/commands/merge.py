@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpocli.cli import options
+from mpocli.config.common import Json, Model, Out, Overwrite
+from mpocli.config.merge import MergeConfig
 
 if TYPE_CHECKING:
     from mpocli.methods.merge import MergeReport
 
 
 def command(
-    model: options.Model,
-    out: options.Out = None,
-    dtype: options.Dtype = None,
-    max_shard_size: options.ShardSize = "5GB",
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: Model,
+    *,
+    out: Out = None,
+    config: MergeConfig,
+    overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed.
 
@@ -28,8 +28,6 @@ def command(
 
       mpocli merge bert-base-uncased-mpo -o bert-dense
     """
-    options.one_of("--dtype", dtype, options.DTYPES)
-    shard_bytes = options.parse_bytes(max_shard_size, "--max-shard-size")
     destination = out or options.default_out(model, "merged")
     options.check_out_before_download(model, destination, overwrite=overwrite)
 
@@ -38,16 +36,7 @@ def command(
     from mpocli.methods import merge
 
     with quiet.transformers(), render.progress_bar("merge") as progress:
-        report = merge.run(
-            model,
-            destination,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        report = merge.run(model, destination, **vars(config), overwrite=overwrite, progress=progress)
     render.report("merge", report, lambda: _show(report), json=json)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from mpocli.config.data import DataOptions
+from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import digest
@@ -17,10 +19,9 @@ from mpocli.io.manifest import MANIFEST
 from mpocli.io.output import check_output
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
-from mpocli.methods.task_data import DataOptions
 from mpocli.methods.training.directory import RECORD, reports_directory, training_directory
 from mpocli.train.processes import processes
-from mpocli.train.segment import Optimisation, check_report_to, last_checkpoint
+from mpocli.train.segment import check_report_to, last_checkpoint
 
 # What stood at the output when a run began, which is all that it may replace.
 _REPLACES = "replaces"

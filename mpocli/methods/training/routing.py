@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
+from mpocli.config.finetune import RoutingChanges
+from mpocli.config.routing import RoutingConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.routing import RoutingConfig, routers
-from mpocli.modes import OF_EXPERTS, OF_SHARED
+from mpocli.hf.routing import routers
 from mpocli.nn.router import Statistics
 from mpocli.train.gradient_mask import GradientMask
 from mpocli.train.router_statistics import TrainingStatistics
-
-
-@dataclass(frozen=True)
-class RoutingChanges:
-    """What `finetune` is told to do otherwise than the checkpoint says; None leaves it."""
-
-    mask_prob: Annotated[float | None, OF_SHARED] = None
-    balance_loss: Annotated[float | None, OF_EXPERTS] = None
-    z_loss: Annotated[float | None, OF_EXPERTS] = None
-    capacity_factor: Annotated[float | None, OF_EXPERTS] = None
-
-    def given(self) -> dict[str, float]:
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def traits(checkpoint: Checkpoint) -> set[str]:

@@ -11,18 +11,20 @@ from typing import Any, cast
 
 import torch
 
+from mpocli.config.data import DataOptions
+from mpocli.config.optimisation import Optimisation
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
-from mpocli.methods.task_data import DataOptions, TaskData, check_trained_head, evaluate, prepare
+from mpocli.methods.task_data import TaskData, check_trained_head, evaluate, prepare
 from mpocli.methods.training.begin import RunSetup
 from mpocli.methods.training.directory import reports_beside, run_directory
 from mpocli.methods.training.schedule import Counted, steps_of
 from mpocli.methods.training.student import check_finite, load_student
 from mpocli.train.processes import on_first, set_seed
-from mpocli.train.segment import METRICS, Optimisation
+from mpocli.train.segment import METRICS
 
 Progress = Callable[[int, int, str], None]
 

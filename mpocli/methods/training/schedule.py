@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from mpocli.train.segment import Optimisation, Schedule
+from mpocli.config.optimisation import Optimisation
+from mpocli.train.segment import Schedule
 
 
 class Counted(Protocol):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from mpocli.config.distillation import DistillationOptions
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods.task_data import TaskData, check_trained_head
@@ -11,26 +10,13 @@ from mpocli.train.distill import Distillation
 from mpocli.train.models import load_model
 
 
-class Distils(Protocol):
-    """The options about distillation that several configurations have."""
-
-    @property
-    def teacher(self) -> str | None: ...
-    @property
-    def distill_weight(self) -> float: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def distill_hidden(self) -> bool: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
-
-
-def distillation_of(config: Distils, data: TaskData, checkpoint: Checkpoint) -> Distillation | None:
+def distillation_of(
+    config: DistillationOptions | None, data: TaskData, checkpoint: Checkpoint, *, trust_remote_code: bool
+) -> Distillation | None:
     """None without a teacher. Raises `InputError` for one that was not trained, or has another vocabulary."""
-    if config.teacher is None:
+    if config is None:
         return None
-    found = Checkpoint.open(config.teacher, trust_remote_code=config.trust_remote_code)
+    found = Checkpoint.open(config.teacher, trust_remote_code=trust_remote_code)
     check_trained_head(found, data)
     teacher = load_model(
         found.source.directory,
@@ -38,7 +24,7 @@ def distillation_of(config: Distils, data: TaskData, checkpoint: Checkpoint) -> 
         data.task,
         data.family,
         data.label_names,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
     sizes = found.config.vocab_size, checkpoint.config.vocab_size
     if sizes[0] != sizes[1]:

@@ -1,17 +1,17 @@
 """The mode that an option belongs to, declared beside the option, and its refusal outside of it.
 
-    top_n: Annotated[int, typer.Option("--top-n"), needs("--overparam static", "--overparam dynamic")] = 4
+    top_n: Annotated[int, Option("--top-n", "Matrices of each kind."), needs("--overparam static")] = 4
 
 A mode is a condition on other options (`needs`, `excludes`, told by `check` before any work) or on the model
 (`of_model`, told by `check_model` once it is open); `ALWAYS` marks an option that is read in every mode. Markers stand
-in `Annotated`, of a command's parameter or of a dataclass's field.
+in `Annotated`, of a configuration's field or of a command's parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
 
 from mpocli.errors import UsageError
 
@@ -113,7 +113,7 @@ def _parsed(found: Iterable[str | Condition | Without]) -> Iterator[Condition | 
 
 
 @dataclass(frozen=True)
-class Option:
+class Called:
     """An option of a command that was called: its name and value, whether the user gave it, and its markers."""
 
     name: str
@@ -123,7 +123,7 @@ class Option:
     metavar: str = ""
 
 
-def check(options: Collection[Option]) -> None:
+def check(options: Collection[Called]) -> None:
     """`UsageError` for the first option that was given outside its mode, in the order of declaration."""
     values = {option.name: option.value for option in options}
     metavars = {option.name: option.metavar for option in options}
@@ -183,35 +183,6 @@ def _because(rule: Rule) -> str:
 def _either(words: Collection[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
-
-
-# --- of the model -----------------------------------------------------------------------------------------------------
-
-
-def check_model(config: object, model: str, traits: Collection[str]) -> None:
-    """`UsageError` for the first field that differs from its default and is of models without these `traits`.
-
-    `config` is a dataclass whose fields may be dataclasses in turn; a field `top_n` is the option `--top-n`.
-    """
-    for name, value, markers in _fields(config):
-        for marker in markers:
-            if not isinstance(marker, OfModel) or (marker.of and str(value) not in marker.of):
-                continue
-            if not set(marker.traits) & set(traits):
-                option = f"--{name.replace('_', '-')}" + (f" {value}" if marker.of else "")
-                raise UsageError(f"{option}: {model} {marker.lacking}", hint=marker.hint or "leave it out")
-
-
-def _fields(config: object) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Fields that differ from their defaults, with their markers."""
-    assert is_dataclass(config)
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _fields(value)
-        elif value != field.default:
-            yield field.name, value, markers_of(hints[field.name])
 
 
 def markers_of(annotation: Any) -> tuple[Any, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mpocli.config.tasks import TASKS, task_named
 from mpocli.errors import UsageError
 from mpocli.train.metrics import _METRICS
-from mpocli.train.tasks import TASKS, task_named
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
