@@ -21,9 +21,9 @@ Progress = Callable[[int, int, str], None]
 class ModuleView:
     """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond.
 
-    `sparsity` = zeros / entries of its sparse tensor (the matrix, or a core), `zeros` of it, None where none is
-    stored as a bitmask; `bytes` as stored. Of `experts` `shared_params` are everybody's, `expert_params` each one's own
-    (router and bias apart).
+    `sparsity` = zeros / entries of its sparse tensor (the matrix, or a core), `zeros` of it, None where no encoding
+    tells; `bytes` as stored. Of `experts` `shared_params` are everybody's, `expert_params` each one's own (router and
+    bias apart).
     """
 
     name: str

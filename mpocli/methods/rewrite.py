@@ -122,6 +122,7 @@ class Rewriting:
             for name in (key, *_other_keys(weight)):
                 if name in self.checkpoint.reader:
                     encodings |= self._keep(sink, name)
+        assert done == len(self.weights), "a weight that is in the files under no key of its own was chosen"
         routing = self.checkpoint.routing if self.routing is None else self.routing
         structure = Manifest(modules=tuple(self._entries(made)), encodings=encodings, routing=routing)
         if structure.needs_plugin:
