@@ -144,6 +144,14 @@ def show(report: DecomposeReport) -> None:
         render.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
     if report.compared:
         _show_compared(report.compared)
+    _say(report)
+
+
+def _say(report: DecomposeReport) -> None:
+    """What may surprise, and where the result is."""
+    from mpocli.cli import render
+
+    totals = report.totals
     for warning in report.warnings:
         render.err.print(warning, style="yellow")
     for line in render.notes(report.modules):

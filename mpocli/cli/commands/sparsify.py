@@ -89,6 +89,23 @@ def _show(report: SparsifyReport) -> None:
         others = len(report.tensors) - len(cores)
         line = f"the central cores of {len(cores)} MPOs" + (f" and {others} dense matrices" if others else "")
         render.out.print(f"pruned: {line}", style="dim")
+    _show_training(report)
+    for line in report.warnings:
+        render.err.print(line, style="yellow")
+    for split, cut in (report.truncated or {}).items():
+        if cut:
+            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+    if report.resumed_from:
+        render.err.print(f"resumed from step {report.resumed_from:,}")
+    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
+    line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
+    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+
+
+def _show_training(report: SparsifyReport) -> None:
+    """The metrics, and what was trained for how long."""
+    from mpocli.cli import render
+
     columns = [("before", report.metrics_before), ("after", report.metrics), ("test", report.test_metrics)]
     columns = [(title, found) for title, found in columns if found]
     if columns:
@@ -110,13 +127,3 @@ def _show(report: SparsifyReport) -> None:
             render.out.print(
                 f"{share:.1%} of what movement pruning trains: the model, and a score for every pruned weight"
             )
-    for line in report.warnings:
-        render.err.print(line, style="yellow")
-    for split, cut in (report.truncated or {}).items():
-        if cut:
-            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
-    if report.resumed_from:
-        render.err.print(f"resumed from step {report.resumed_from:,}")
-    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
-    line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
