@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from mpocli.cli.command import Command
 from mpocli.cli.translate import translated
@@ -33,11 +34,38 @@ def command(name: str) -> Any:
     module = importlib.import_module(f"mpocli.cli.commands.{COMMANDS[name][0]}")
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command(name, cls=Command)(translated(module.command))
-    return typer.main.get_command(alone)
+    return get_command(alone)
+
+
+class _Commands(dict[str, Any]):
+    """The commands by their names, each made when it is looked up: for whoever asks Typer for all of them."""
+
+    def __getitem__(self, name: str) -> Any:
+        return command(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return command(name) if name in self else default
+
+    def values(self) -> Any:
+        return [command(name) for name in self]
+
+    def items(self) -> Any:
+        return [(name, command(name)) for name in self]
 
 
 class Group(TyperGroup):
     """Names and first lines of the commands suffice for its help, and for telling which of them is called."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._lines = dict(self.commands)
+        self.commands = _Commands(self._lines)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self._lines)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._lines.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, found, rest = super().resolve_command(ctx, args)
