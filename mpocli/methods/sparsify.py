@@ -184,7 +184,11 @@ def _report(
 ) -> SparsifyReport:
     zeros, entries = sum(t.zeros for t in tensors), sum(t.entries for t in tensors)
     before = checkpoint.totals()
-    packed, dense = sum(t.bytes for t in tensors), sum(t.dense_bytes for t in tensors)
+    reader = checkpoint.reader
+    freed = sum(  # what is pruned again may have been packed already
+        sum(part.nbytes for part in reader.parts(t.name)) if t.name in checkpoint.encodings else t.dense_bytes
+        for t in tensors
+    )
     return SparsifyReport(
         out=out,
         seconds=0.0,
@@ -200,7 +204,7 @@ def _report(
         kept=kept,
         totals_before=before,
         totals=totals,
-        bytes_expected=before.bytes - dense + packed,
+        bytes_expected=before.bytes - freed + sum(t.bytes for t in tensors),
         metrics={},
         metrics_before={},
         test_metrics={},

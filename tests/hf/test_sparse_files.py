@@ -79,7 +79,8 @@ def test_pruning_anew_and_storing_dense_are_the_same_model(
     sparsify.run(str(made.dense), pruning(storage="dense"), tmp_path / "dense")
     assert_same(stored(tmp_path / "dense"), stored(made.oracle))
     # Zeros are the smallest entries: less sparsity than before keeps them all, in those that are not chosen too.
-    sparsify.run(str(made.sparse), pruning(0.3, layers=("ffn",)), tmp_path / "again")
+    again = sparsify.run(str(made.sparse), pruning(0.3, layers=("ffn",)), tmp_path / "again")
+    assert again.bytes_expected == pytest.approx(weights_size(tmp_path / "again"), rel=0.01)
     assert_same(made.cls.from_pretrained(tmp_path / "again"), made.cls.from_pretrained(made.oracle))
     assert len(Checkpoint.open(str(tmp_path / "again")).encodings) == 12
 
