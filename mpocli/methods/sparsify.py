@@ -185,10 +185,9 @@ def _report(
     zeros, entries = sum(t.zeros for t in tensors), sum(t.entries for t in tensors)
     before = checkpoint.totals()
     reader = checkpoint.reader
-    freed = sum(  # what is pruned again may have been packed already
-        sum(part.nbytes for part in reader.parts(t.name)) if t.name in checkpoint.encodings else t.dense_bytes
-        for t in tensors
-    )
+    # What is pruned again may have been packed already.
+    held = {name: sum(part.nbytes for part in reader.parts(key)) for key, name in reader.encoded.items()}
+    freed = sum(held.get(t.name, t.dense_bytes) for t in tensors)
     return SparsifyReport(
         out=out,
         seconds=0.0,

@@ -493,7 +493,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         _structure(lambda q: q["modules"][QUERY].update(out_dims=[math.inf]), alone=True),
         (QUERY, "malformed"),
     ),
-    "a centre at infinity": (_manifest(lambda m: _first(m, center=math.inf)), ("mpo.json", "infinity")),
+    "a centre at infinity": (_manifest(lambda m: _first(m, center=math.inf)), ("mpo.json", "Infinity")),
     "module that is no object": (_structure(lambda q: q["modules"].update({QUERY: 7}), alone=True), (QUERY,)),
     "modules that are a list": (_structure(lambda q: q.update(modules=[7]), alone=True), ("modules",)),
 }
