@@ -562,21 +562,21 @@ def test_no_damage_to_a_json_file_is_a_bug(
     assert len(places) > 10
     faults = []
     for number, place in enumerate(places):
-        for value in ("x", (-1, {})[number % 2]):
-            damaged = json.loads(json.dumps(original))
-            parent = damaged
-            for key in place[:-1]:
-                parent = parent[key]
-            parent[place[-1]] = value
-            (directory / name).write_text(json.dumps(damaged))
-            commands: list[list[object]] = [["inspect", directory, "--verify", "--base", base]]
-            if place[0] == "history":  # a model card quotes it
-                commands.append(["merge", directory, "-o", "merged", "--overwrite"])
-            for command in commands:
-                outcome = cli(*command)
-                if outcome.code not in (0, 3) or "Traceback" in outcome.err:
-                    last = re.findall(r"^\w+(?:Error|Exception).*$", outcome.err, flags=re.MULTILINE)
-                    faults.append(f"{command[0]}, {'.'.join(map(str, place))} = {value!r}: {last[-1:]}")
+        value = ("x", -1, {})[number % 3]
+        damaged = json.loads(json.dumps(original))
+        parent = damaged
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = value
+        (directory / name).write_text(json.dumps(damaged))
+        commands: list[list[object]] = [["inspect", directory, "--verify", "--base", base]]
+        if place[0] == "history":  # a model card quotes it
+            commands.append(["merge", directory, "-o", "merged", "--overwrite"])
+        for command in commands:
+            outcome = cli(*command)
+            if outcome.code not in (0, 3) or "Traceback" in outcome.err:
+                last = re.findall(r"^\w+(?:Error|Exception).*$", outcome.err, flags=re.MULTILINE)
+                faults.append(f"{command[0]}, {'.'.join(map(str, place))} = {value!r}: {last[-1:]}")
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults)
 
 

@@ -28,7 +28,7 @@ from cli.shell import tree
 from mpocli.cli.group import command as command_named
 
 SEED = int(os.environ.get("FUZZ_SEED", "17"))
-CASES = int(os.environ.get("FUZZ_CASES", "14"))
+CASES = int(os.environ.get("FUZZ_CASES", "9"))
 
 MODELS = ("classifier", "cores", "shards", "sparse", "experts")
 # The kind of nonsense, what makes it of a model's directory, and the models that have such a thing.

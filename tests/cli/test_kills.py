@@ -43,15 +43,15 @@ _STEPS = "--steps 6 --save-steps 2"
 _ROUNDS = "--rounds 2 --max-drop 1000000 --order cumulative --per-param --finetune-steps 3 --save-steps 2"
 _CALIBRATED = "--calibrate train.txt --seq-len 16 --samples 8"
 COMMANDS = {
-    "decompose": Command("dense", "decompose model --trunc 6", 6),
+    "decompose": Command("dense", "decompose model --trunc 6", 4),
     "decompose-calibrated": Command("dense", f"decompose model --ratio 0.6 {_CALIBRATED}", 2),
-    "merge": Command("cores", "merge model", 4),
+    "merge": Command("cores", "merge model", 2),
     "sparsify": Command("dense", "sparsify model --method magnitude --sparsity 0.5", 2),
     "sparsify-calibrated": Command("dense", f"sparsify model --method wanda --sparsity 0.5 {_CALIBRATED}", 2),
-    "sparsify-trained": Command("dense", f"sparsify model --sparsity 0.5 {_DATA} {_STEPS}", 3, resumes=True),
+    "sparsify-trained": Command("dense", f"sparsify model --sparsity 0.5 {_DATA} {_STEPS}", 2, resumes=True),
     "expand-moe": Command("dense", "expand-moe model --experts 2", 2),
-    "finetune": Command("cores", f"finetune model {_DATA} {_STEPS} --eval train.txt", 4, resumes=True),
-    "squeeze": Command("cores", f"squeeze model {_DATA} {_ROUNDS} --eval train.txt", 5, resumes=True),
+    "finetune": Command("cores", f"finetune model {_DATA} {_STEPS} --eval train.txt", 3, resumes=True),
+    "squeeze": Command("cores", f"squeeze model {_DATA} {_ROUNDS} --eval train.txt", 4, resumes=True),
 }
 SIGNALS = {"kill": (signal.SIGKILL, -9), "interrupt": (signal.SIGINT, 130), "terminate": (signal.SIGTERM, 143)}
 # What a run that was killed may leave, and where: the next one with this output sweeps it up.

@@ -64,7 +64,7 @@ class Network(nn.Module):
 
 
 CASES = [(linear, "chain"), (linear, "svd"), (table, "chain"), (table, "svd"), (sparse, "csr")]
-CASES += [(Network, form) for form in ("one", "two", "dropping", "dense")]
+CASES += [(Network, form) for form in ("one", "dropping", "dense")]
 
 
 def inputs(batch: int, length: int, make: Callable[[str], nn.Module]) -> Tensor:
