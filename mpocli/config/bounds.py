@@ -35,6 +35,12 @@ def positive(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}: must be above 0", hint=f"choose a positive {option}")
 
 
+def seed(option: str, value: int) -> None:
+    """A number that NumPy and torch both take."""
+    if not 0 <= value < 2**32:
+        raise UsageError(f"{option} {value}: must be at least 0 and below 2³²", hint=f"choose one such as {option} 1")
+
+
 def share(option: str, value: float) -> None:
     """A number in [0, 1]."""
     if not 0 <= value <= 1:

@@ -115,7 +115,11 @@ class DecomposeConfig:
     dtype: common.StoredDType = None
     device: common.Device = "cpu"
     seed: Annotated[
-        int, Option("--seed", "Of the samples that are drawn; recorded in the manifest.", "N", recorded=False), ALWAYS
+        int,
+        Option(
+            "--seed", "Of the samples that are drawn; recorded in the manifest.", "N", recorded=False, check=bounds.seed
+        ),
+        ALWAYS,
     ] = 0
     max_shard_bytes: common.ShardBytes = 5 * 10**9
     revision: common.Revision = None

@@ -354,6 +354,11 @@ def specs_from_config(data: Mapping[str, Any]) -> dict[str, MPOSpec]:
     return specs
 
 
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:99]}…"
+
+
 def _check_same(file: str, what: str, said: Any, meant: Any) -> None:
     """`InputError` where a file says something else than what was understood of it: a number that is another in its
     own other fields, a field that nobody knows."""
@@ -361,11 +366,10 @@ def _check_same(file: str, what: str, said: Any, meant: Any) -> None:
         if difference.unclaimed:  # optional, or of a later mpocli's writing
             continue
         place = f" at {difference.where}" if difference.where else ""
-        raise InputError(
-            f"{file}: {what} says {difference.claimed!r}{place}, "
-            + ("a field that is not known" if difference.unknown else f"and by all else it is {difference.found!r}"),
-            hint=_RESTORE,
-        )
+        claim = f"{file}: {what} says {_short(difference.claimed)}{place}"
+        if difference.unknown:
+            raise InputError(f"{claim}, a field that is not known", hint=f"update mpocli, or {_RESTORE}")
+        raise InputError(f"{claim}, and by all else it is {_short(difference.found)}", hint=_RESTORE)
 
 
 def check_schema(where: str, version: object) -> None:

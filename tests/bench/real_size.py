@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     parser.add_argument("--work", type=Path, help="a folder that stays, for the outputs and what was printed")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,7 @@ def _serve() -> None:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            sys.dont_write_bytecode = True  # of what is imported late in a new environment
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for number, suffix in ((1, ".out"), (2, ".err")):
                 file = os.open(f"{request['log']}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -89,6 +89,16 @@ def test_the_same_command_with_good_options_works(dense: Path, cli: Cli, work: P
     assert (work / "dense-mpo" / "mpo.json").is_file()
 
 
+@pytest.mark.parametrize("given", [("--seed", "-1"), ("--seed", str(2**32)), ("--seeds", "1,-1")], ids=" ".join)
+@pytest.mark.parametrize("verb", ["decompose", "finetune", "squeeze", "sparsify", "expand-moe"])
+def test_a_seed_that_numpy_would_not_take_is_a_usage_error(
+    verb: str, given: tuple[str, str], refuses: Callable[..., str]
+) -> None:
+    data = ["--task", "lm", "--train", "x.txt", "--eval", "x.txt"] if verb in ("finetune", "squeeze") else []
+    if given[0] == "--seed" or verb == "finetune":
+        refuses(2, [verb, "nowhere", *data, *given], given[1].rpartition(",")[2])
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_missing_argument_and_an_unknown_option_are_usage_errors(verb: str, refuses: Callable[..., str]) -> None:
     refuses(2, [verb], "MODEL")

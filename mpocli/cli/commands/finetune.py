@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from mpocli.cli import options
+from mpocli.config import bounds
 from mpocli.config.common import Json, Model, Out, Overwrite, Resume
 from mpocli.config.finetune import FinetuneConfig
 from mpocli.config.modes import ALWAYS
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 def _seeds(text: str, option: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"{option} {text!r} cannot be read", hint="write it as 1,2,3") from None
+    for one in found:
+        bounds.seed(option, one)
+    return found
 
 
 def command(
