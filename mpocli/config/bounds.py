@@ -35,10 +35,16 @@ def positive(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}: must be above 0", hint=f"choose a positive {option}")
 
 
-def seed(option: str, value: int) -> None:
-    """A number that NumPy and torch both take."""
-    if not 0 <= value < 2**32:
-        raise UsageError(f"{option} {value}: must be at least 0 and below 2³²", hint=f"choose one such as {option} 1")
+def seed(bits: int) -> Callable[[str, int], None]:
+    """A number of so many bits: NumPy, which seeds a training too, takes 32, torch's generators take 63."""
+
+    def check(option: str, value: int) -> None:
+        if not 0 <= value < 2**bits:
+            raise UsageError(
+                f"{option} {value}: must be at least 0 and below 2^{bits}", hint=f"choose one such as {option} 1"
+            )
+
+    return check
 
 
 def share(option: str, value: float) -> None:

@@ -117,7 +117,11 @@ class DecomposeConfig:
     seed: Annotated[
         int,
         Option(
-            "--seed", "Of the samples that are drawn; recorded in the manifest.", "N", recorded=False, check=bounds.seed
+            "--seed",
+            "Of the samples that are drawn; recorded in the manifest.",
+            "N",
+            recorded=False,
+            check=bounds.seed(63),
         ),
         ALWAYS,
     ] = 0

@@ -52,7 +52,9 @@ class ExpandConfig:
     ignore: Annotated[common.Ignored, _HERE] = ()
     shapes: Annotated[common.SiteShapes, _HERE, _MPO] = ()
     routing: RoutingConfig = field(default_factory=lambda: RoutingConfig(RouterOptions()))
-    seed: Annotated[int, Option("--seed", "Of routers and noise.", "N", recorded=False, check=bounds.seed), ALWAYS] = 0
+    seed: Annotated[
+        int, Option("--seed", "Of routers and noise.", "N", recorded=False, check=bounds.seed(63)), ALWAYS
+    ] = 0
     max_shard_bytes: Annotated[common.ShardBytes, {"recorded": False}] = 5 * 10**9
     revision: common.Revision = None
     trust_remote_code: common.TrustRemoteCode = False

@@ -74,7 +74,9 @@ class Optimisation:
         Option("--report-to", "tensorboard, wandb, … as in the Trainer.", "NAME", several=True, recorded=False),
         ALWAYS,
     ] = ()
-    seed: Annotated[int, Option("--seed", "Of order and dropout.", "N", recorded=False, check=bounds.seed), ALWAYS] = 0
+    seed: Annotated[
+        int, Option("--seed", "Of order and dropout.", "N", recorded=False, check=bounds.seed(32)), ALWAYS
+    ] = 0
 
     @classmethod
     def from_options(cls, **given: Any) -> Optimisation:

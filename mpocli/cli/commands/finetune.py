@@ -25,7 +25,7 @@ def _seeds(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         raise UsageError(f"{option} {text!r} cannot be read", hint="write it as 1,2,3") from None
     for one in found:
-        bounds.seed(option, one)
+        bounds.seed(32)(option, one)
     return found
 
 
