@@ -116,6 +116,9 @@ class Table:
         plain = sum(run["step_seconds"] for run in runs["dense"]) / len(runs["dense"])
         print(f"\nbefore: {metric} {before:.3f} on the first eighth of the development data")
         loss = self.options.task == "e2e"
+        if loss:
+            model = Path(self.options.model)
+            print(f"before: loss {e2e_loss(model, model, self.development):.4f} a target token there")
         print(
             f"\n| | {metric}, test |{' loss, test |' if loss else ''} rate | parameters | weight files | time |\n|---|"
             + "---:|" * (6 if loss else 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mpocli.cli import options
 from mpocli.config import bounds
@@ -66,11 +66,11 @@ def command(
 
     destination = out or options.default_out(model, "finetuned")
     with options.resumable(destination), quiet.transformers(), render.training_bar("finetune") as progress:
-        how = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
         if seeds:
-            reports = finetune_seeds.run_seeds(model, config, destination, seeds, **how)  # type: ignore[arg-type]
+            reports = finetune_seeds.run_seeds(model, config, destination, seeds, **how)
         else:
-            reports = (finetune.run(model, config, destination, **how),)  # type: ignore[arg-type]
+            reports = (finetune.run(model, config, destination, **how),)
     if not reports[0].is_writer:
         return
     found = finetune_seeds.summary(str(destination), seeds, reports) if seeds else reports[0]
