@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from mpocli.errors import InputError
-from mpocli.train import demo_models
-from mpocli.train.demo_models import build_demo_models, evaluate_causal, evaluate_masked, read_docstrings
+from mpocli.train.demo import models as demo_models
+from mpocli.train.demo.models import build_demo_models, evaluate_causal, evaluate_masked, read_docstrings
 
 Build = Callable[..., demo_models.DemoModels]
 
@@ -152,7 +152,7 @@ def test_a_damaged_cache_is_made_again_and_foreign_files_are_kept(build: Build, 
 
 
 def test_no_sources_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpocli.train.demo_models.sysconfig.get_path", lambda name: str(tmp_path / "lib.zip"))
+    monkeypatch.setattr("mpocli.train.demo.models.sysconfig.get_path", lambda name: str(tmp_path / "lib.zip"))
     with pytest.raises(InputError, match="0 source files") as caught:
         build_demo_models(tmp_path / "demo")
     assert caught.value.hint

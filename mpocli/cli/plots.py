@@ -10,7 +10,7 @@ from mpocli.errors import UsageError
 from mpocli.io.files import OutputFile
 
 if TYPE_CHECKING:
-    from mpocli.methods.squeeze import SqueezeReport
+    from mpocli.methods.squeeze.run import SqueezeReport
 
 _FORMATS = (".png", ".svg", ".pdf")
 _BLUE, _RED, _GREY = "#2a6f97", "#c1121f", "#8d99ae"

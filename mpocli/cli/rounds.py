@@ -16,8 +16,8 @@ from mpocli.cli import render
 from mpocli.printable import printable
 
 if TYPE_CHECKING:
-    from mpocli.methods.squeeze_rounds import Watch
-    from mpocli.methods.squeeze_state import RoundRecord
+    from mpocli.methods.squeeze.rounds import Watch
+    from mpocli.methods.squeeze.state import RoundRecord
 
 # Of the rounds so far, so many stay in sight.
 _SHOWN = 12
@@ -26,7 +26,7 @@ _SHOWN = 12
 @contextmanager
 def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
     """Whom `squeeze` tells: a table that grows with a bar below it, or lines where no terminal is."""
-    from mpocli.methods.squeeze_rounds import Watch
+    from mpocli.methods.squeeze.rounds import Watch
 
     if not enabled:
         yield Watch()

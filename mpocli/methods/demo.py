@@ -11,9 +11,9 @@ from pathlib import Path
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.apart import check_apart
 from mpocli.io.manifest import MANIFEST
-from mpocli.methods import decompose
-from mpocli.train.demo_models import build_demo_models
-from mpocli.train.demo_predict import examine
+from mpocli.methods.decompose import run as decompose
+from mpocli.train.demo.models import build_demo_models
+from mpocli.train.demo.predict import examine
 
 MASKED = ("Return the [MASK] of the file.", "If the [MASK] is None, the default is used.")
 PROMPTS = ("Return a", "This method is")

@@ -21,7 +21,7 @@ import transformers as tf
 from mpocli.config.scoring import Scoring
 from mpocli.nn.masked import MaskedWeight
 from mpocli.sparse import Pattern
-from mpocli.train.sparsity import Place, put_masks
+from mpocli.train.sparse.masks import Place, put_masks
 
 BATCH, LENGTH, SPARSITY = 32, 128, 0.9
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from mpocli.config.budget import Budget
 from mpocli.config.calibration import Calibration
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 
 
 def make(directory: Path, tokenizer: str) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModel
 from mpocli.config.calibration import Calibration
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.moments import collect
-from mpocli.methods.calibration_data import calibration_batches
+from mpocli.methods.data.calibration import calibration_batches
 from mpocli.mpo.candidates import Candidate, all_of
 from mpocli.mpo.factorize import site_shape
 from mpocli.mpo.fitting import Subject

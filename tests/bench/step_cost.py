@@ -29,7 +29,7 @@ def serve(model: str, text: str, update: str) -> None:
 
     import mpocli  # noqa: F401  (registers the loader)
     from mpocli.methods.memory import peak_memory, reset_peak_memory
-    from mpocli.train.updates import parameter_groups, set_update
+    from mpocli.train.loop.updates import parameter_groups, set_update
 
     cpu = torch.device("cpu")
     torch.ones(8, 8).matmul(torch.ones(8, 8))

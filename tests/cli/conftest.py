@@ -16,7 +16,7 @@ from cli.processes import Server
 from cli.shell import Cli, Outcome
 from mpocli.cli.app import main
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(lab: Path) -> Iterator[Server]:
     """`mpocli` in processes of its own. It has imported what training takes, which would be most of a run."""
     heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    methods = "mpocli.methods.finetune", "mpocli.methods.squeeze", "torch.distributed.launcher.api"
+    methods = "mpocli.methods.finetune.run", "mpocli.methods.squeeze.run", "torch.distributed.launcher.api"
     with Server(lab / "body", *methods, "transformers.models.bert.modeling_bert", *heavy) as running:
         yield running
 

@@ -125,7 +125,7 @@ def signalled(step: int, *signals: str) -> str:
     """For `Server.run`'s `before`: the process signals itself as it begins to compute a step, counted in this run."""
     return f"""
 import os, signal
-from mpocli.train.segment import SegmentTrainer
+from mpocli.train.loop.trainer import SegmentTrainer
 whole, calls = SegmentTrainer.training_step, []
 def training_step(self, *args, **kwargs):
     calls.append(self.state.global_step)

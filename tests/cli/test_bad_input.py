@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 VERBS = ("decompose", "merge", "inspect")

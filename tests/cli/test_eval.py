@@ -19,9 +19,10 @@ from mpocli.config.data import DataOptions
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.optimisation import Optimisation
 from mpocli.hf import quiet
-from mpocli.methods import decompose, finetune
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.finetune import run as finetune
 from mpocli.nn import logits
-from mpocli.train import predict
+from mpocli.train.evaluate import predict
 
 
 @pytest.fixture(scope="module")

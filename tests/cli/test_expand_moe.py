@@ -16,7 +16,7 @@ from cli.moe import apart, expert_layers, load, routing, weights
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.io.signpost import SIGNPOST
-from mpocli.methods import expand_moe
+from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.nn import DenseExperts, MPOExperts, Router
 
 Run = Callable[..., dict[str, Any]]

@@ -19,7 +19,7 @@ from torch import Tensor
 from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, Outcome, refused, succeeded, tree
-from mpocli.train.best import KeepBest
+from mpocli.train.loop.best import KeepBest
 
 Train = Callable[..., dict[str, Any]]
 

@@ -17,7 +17,7 @@ from cli import tasks
 from cli.shell import Cli, edited, refused, rewrite
 from mpocli.cli import streams
 from mpocli.hf import targets
-from mpocli.methods import inspect
+from mpocli.methods.inspect import run as inspect
 
 
 @pytest.fixture

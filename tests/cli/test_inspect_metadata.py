@@ -20,7 +20,11 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
-from mpocli.methods import decompose, expand_moe, inspect, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.expand_moe import run as expand_moe
+from mpocli.methods.inspect import run as inspect
+from mpocli.methods.sparsify import run as sparsify
 
 # Runs commands one after another where importing torch or transformers is an error, and says what each gave.
 _BLOCKED = """

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import T5EncoderModel
 from mpocli.io.checkpoint import CheckpointReader
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.config.decompose import DecomposeConfig
 
 def peak():

@@ -19,7 +19,8 @@ from cli.shell import Cli, refused, succeeded, tree
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.io.signpost import SIGNPOST
-from mpocli.methods import decompose, expand_moe
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.expand_moe import run as expand_moe
 
 Run = Callable[..., dict[str, Any]]
 
@@ -165,7 +166,7 @@ def test_recomputing_activations_or_weights_changes_no_result_and_counts_no_toke
 IN_EACH_PROCESS = """
 import hashlib, os
 from pathlib import Path
-from mpocli.methods import finetune
+from mpocli.methods.finetune import run as finetune
 
 def watched(model, look=finetune.router_report):
     digest = hashlib.sha256()

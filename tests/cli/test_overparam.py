@@ -18,7 +18,7 @@ from cli import tasks
 from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
 from mpocli.methods.training import fit as fitting
-from mpocli.train.moments import take_moments
+from mpocli.train.loop.optimizer_state import take_moments
 
 Train = Callable[..., dict[str, Any]]
 KINDS = 6  # query, key, value, output, up, down

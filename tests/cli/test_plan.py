@@ -22,7 +22,7 @@ from mpocli.config.budget import named_task
 from mpocli.hf import moments
 from mpocli.hf.moments import collect
 from mpocli.hf.probe import Probe
-from mpocli.methods.divergence import Kept, divergence
+from mpocli.methods.planner.divergence import Kept, divergence
 from mpocli.mpo.gram import regularised
 from mpocli.nn import logits
 

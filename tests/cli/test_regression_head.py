@@ -10,8 +10,8 @@ import torch
 from mpocli.config.data import DataOptions
 from mpocli.config.optimisation import Optimisation
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import finetune
-from mpocli.methods.task_data import prepare
+from mpocli.methods.data.task import prepare
+from mpocli.methods.finetune import run as finetune
 from mpocli.methods.training.student import load_student
 
 

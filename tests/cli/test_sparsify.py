@@ -324,7 +324,7 @@ def test_text_to_text_models_are_pruned_on_both_sides(
 def test_samples_counts_rows_and_a_short_text_is_told(
     sparsify: Sparsify, cli: Cli, lab: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpocli.methods import sparsify_calibrated
+    from mpocli.methods.sparsify import calibrated as sparsify_calibrated
 
     seen: list[int] = []
     real = sparsify_calibrated.sequential

@@ -22,7 +22,7 @@ from cli.shell import WEIGHTS, Cli, Outcome, refused, succeeded, tree
 from mpocli.config.scoring import Scoring
 from mpocli.methods.training import fit as fitting
 from mpocli.sparse import Pattern
-from mpocli.train.sparsity import Place, put_masks
+from mpocli.train.sparse.masks import Place, put_masks
 
 Sparsify = Callable[..., dict[str, Any]]
 LAYER = "bert.encoder.layer.0"

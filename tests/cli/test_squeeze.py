@@ -23,10 +23,10 @@ from cli.processes import Moment, Server
 from cli.shell import WEIGHTS, Cli, edited, refused, rewrite, succeeded, tree
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.shrink import mpo_modules
-from mpocli.methods import decompose
-from mpocli.methods.squeeze_choice import Candidate, best
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.squeeze.choice import Candidate, best
 from mpocli.methods.training import fit as fitting
-from mpocli.train.moments import take_moments
+from mpocli.train.loop.optimizer_state import take_moments
 
 Squeeze = Callable[..., dict[str, Any]]
 PLANTED = "bert.encoder.layer.1.intermediate.dense"
@@ -49,7 +49,7 @@ def tuned(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     decompose.run(str(made / "body"), DecomposeConfig(), made / "mpo")
     from mpocli.config.data import DataOptions
     from mpocli.config.optimisation import Optimisation
-    from mpocli.methods import finetune
+    from mpocli.methods.finetune import run as finetune
 
     data = DataOptions("sst2", train=str(lab / "train.tsv"), max_length=32)
     how = Optimisation(lr=3e-3, batch_size=8)

@@ -79,7 +79,7 @@ def test_a_bug_is_reported_without_control_characters(cli: Cli, monkeypatch: pyt
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(SPOILT)
 
-    monkeypatch.setattr("mpocli.methods.inspect.run", broken)
+    monkeypatch.setattr("mpocli.methods.inspect.run.run", broken)
     outcome = cli("inspect", "anything")
     assert outcome.code == 1 and "Traceback" in outcome.err
     _is_clean(outcome.err)

@@ -6,7 +6,7 @@ import pytest
 
 from mpocli.config.tasks import TASKS, task_named
 from mpocli.errors import UsageError
-from mpocli.train.metrics import _METRICS
+from mpocli.train.evaluate.metrics import _METRICS
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 

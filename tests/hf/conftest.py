@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import make
 from sparse_checkpoints import dense_with_zeros, pruning
 
-from mpocli.methods import sparsify
+from mpocli.methods.sparsify import run as sparsify
 
 
 @pytest.fixture(scope="session")

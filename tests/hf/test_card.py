@@ -16,7 +16,7 @@ from mpocli.config.budget import Budget
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.card import license_of, model_card
 from mpocli.io.manifest import Manifest
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.nn import MPOModule
 
 

@@ -11,7 +11,7 @@ import transformers
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import plan_shards
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import SiteShape
 
 

@@ -11,7 +11,7 @@ import transformers
 from families import VOCABULARY, logits, make
 
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.nn import MPOModule
 
 TRUNCATED = DecomposeConfig(trunc=6, when_larger="decompose")

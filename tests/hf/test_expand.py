@@ -14,7 +14,7 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.expand import expand, overparam_shape
 from mpocli.hf.replace import remove
-from mpocli.methods.overparam import candidates
+from mpocli.methods.finetune.overparam import candidates
 from mpocli.methods.training.student import roles_of
 from mpocli.mpo.weighted import svd_shape
 from mpocli.nn import MPOModule

@@ -20,7 +20,8 @@ from strangers import run_stranger
 
 import mpocli
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose, merge
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOEmbedding, MPOLinear, MPOModule
 

@@ -15,7 +15,7 @@ import mpocli  # noqa: F401  (registers the loader)
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.config.routing import RoutingConfig
 from mpocli.hf.routing import last_of, routers
-from mpocli.methods import expand_moe
+from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.nn import MPOExperts, RouterOptions
 
 FAMILIES = (

@@ -16,8 +16,8 @@ from mpocli.config.expand_moe import ExpandConfig
 from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.hf.routing import routers
-from mpocli.methods import expand_moe
-from mpocli.methods.expand_moe import ExpandReport
+from mpocli.methods.expand_moe import run as expand_moe
+from mpocli.methods.expand_moe.run import ExpandReport
 from mpocli.nn import RouterOptions
 from mpocli.nn.router import Statistics
 

@@ -18,7 +18,8 @@ from sparse_checkpoints import pruning
 import mpocli  # noqa: F401
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, sparsify
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.sparsify import run as sparsify
 from mpocli.nn import MPOModule
 
 LAYERS = ("embedding", "attention", "ffn", "head")

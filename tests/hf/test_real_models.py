@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.methods import decompose, inspect
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.inspect import run as inspect
 
 MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "models"
 CLASSES = {

@@ -20,7 +20,10 @@ import mpocli  # noqa: F401
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, expand_moe, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.expand_moe import run as expand_moe
+from mpocli.methods.sparsify import run as sparsify
 
 LAYERS = ("embedding", "attention", "ffn", "head")
 # Rules that hold for a weight and not for what is called after it, and a key that does not end in `.weight`.

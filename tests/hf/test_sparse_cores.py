@@ -29,7 +29,9 @@ from sparse_checkpoints import (
 
 import mpocli
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.sparsify import run as sparsify
 
 
 @pytest.fixture(scope="module", params=[("bert-masked-lm", torch.float32), ("gpt2", BRAIN)], ids=lambda case: case[0])

@@ -19,7 +19,9 @@ from torch import Tensor
 
 import mpocli
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.sparsify import run as sparsify
 
 _LOAD = """
 import sys

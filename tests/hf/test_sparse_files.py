@@ -16,7 +16,10 @@ from sparse_checkpoints import BRAIN, NAME, WEIGHTS, assert_same, bits, prunes, 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.signpost import SIGNPOST
-from mpocli.methods import decompose, inspect, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.inspect import run as inspect
+from mpocli.methods.sparsify import run as sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])

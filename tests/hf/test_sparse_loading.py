@@ -31,7 +31,10 @@ from sparse_checkpoints import (
 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, inspect, merge, sparsify
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.inspect import run as inspect
+from mpocli.methods.sparsify import run as sparsify
 
 CASES = [
     ("bert-classifier", torch.float32),

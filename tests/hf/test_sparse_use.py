@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mpocli
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import sparsify
+from mpocli.methods.sparsify import run as sparsify
 from mpocli.methods.training.student import load_student
 
 

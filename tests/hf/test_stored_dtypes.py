@@ -17,7 +17,8 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.hf.stored import round_to, rounded, stored_dtypes
-from mpocli.methods import decompose, sparsify
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.sparsify import run as sparsify
 
 
 def mixed(directory: Path, model: tf.PreTrainedModel) -> Path:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods import decompose, inspect, merge
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.inspect import run as inspect
 from mpocli.nn import MPOEmbedding, MPOLinear, MPOModule
 
 LOSSLESS = DecomposeConfig(layers=("embedding", "attention", "ffn", "pooler", "head"))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mpocli.config.budget import Budget
 from mpocli.hf.targets import Weight
-from mpocli.methods.norms import Norm
-from mpocli.methods.plan_by_error import smallest_within
-from mpocli.methods.solution import Solution, Workshop
+from mpocli.methods.planner.by_error import smallest_within
+from mpocli.methods.planner.fit_store import Solution, Workshop
+from mpocli.methods.planner.norms import Norm
 from mpocli.mpo.fitting import Subject
 from mpocli.mpo.gram import regularised
 from mpocli.mpo.weighted import weighted_square

@@ -22,7 +22,9 @@ from mpocli.hf.targets import Weight
 from mpocli.io.encodings import known
 from mpocli.io.encodings.base import Encoding, Part
 from mpocli.io.manifest import Manifest, Totals
-from mpocli.methods import decompose, inspect, merge
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.inspect import run as inspect
 from mpocli.methods.rewrite import Rewriting, Stored, as_stored
 
 MOST = 5 * 10**9

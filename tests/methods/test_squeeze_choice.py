@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpocli.config.squeeze import Step
-from mpocli.methods.squeeze_choice import Bond, Spectra, Widths, accumulated, best, candidates
+from mpocli.methods.squeeze.choice import Bond, Spectra, Widths, accumulated, best, candidates
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOLinear
 

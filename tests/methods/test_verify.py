@@ -23,8 +23,12 @@ from mpocli.config.sparsify import SparsifyConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.io.signpost import SIGNPOST
-from mpocli.methods import decompose, expand_moe, inspect, merge, sparsify
-from mpocli.methods.verify import PROVENANCE
+from mpocli.methods import merge
+from mpocli.methods.decompose import run as decompose
+from mpocli.methods.expand_moe import run as expand_moe
+from mpocli.methods.inspect import run as inspect
+from mpocli.methods.inspect.verify import PROVENANCE
+from mpocli.methods.sparsify import run as sparsify
 from mpocli.nn import RouterOptions
 from mpocli.sparse import Pattern
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
-from mpocli.train import encode as module
-from mpocli.train.data import Examples
-from mpocli.train.encode import IGNORE, SEPARATOR, collate, encode, lm_windows
-from mpocli.train.vocabulary import Vocabulary
+from mpocli.train.data import encode as module
+from mpocli.train.data.encode import IGNORE, SEPARATOR, collate, encode, lm_windows
+from mpocli.train.data.examples import Examples
+from mpocli.train.data.vocabulary import Vocabulary
 
 SST2, RTE, STSB, E2E = (task_named(name) for name in ("sst2", "rte", "stsb", "e2e"))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

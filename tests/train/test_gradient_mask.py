@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 
 from mpocli.config.expand_moe import ExpandConfig
 from mpocli.config.optimisation import Optimisation
-from mpocli.methods import expand_moe
+from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOExperts
-from mpocli.train.encode import collate
-from mpocli.train.gradient_mask import GradientMask
-from mpocli.train.segment import Schedule, SegmentTrainer, last_checkpoint, train_segment
-from mpocli.train.updates import roles
+from mpocli.train.data.encode import collate
+from mpocli.train.loop.gradient_mask import GradientMask
+from mpocli.train.loop.trainer import Schedule, SegmentTrainer, last_checkpoint, train_segment
+from mpocli.train.loop.updates import roles
 
 CPU = torch.device("cpu")
 SITES = SiteShape((2, 2, 3), (3, 2, 2))

@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.encode import collate
+from mpocli.train.data.encode import collate
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
-from mpocli.train.segment import Place, Schedule, SegmentTrainer, train_segment
+from mpocli.train.loop.trainer import Place, Schedule, SegmentTrainer, train_segment
 
 NAMES = [f"bert.encoder.layer.{k}.{part}.weight" for k in (0, 1) for part in ("attention.self.value", "output.dense")]
 

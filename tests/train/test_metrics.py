@@ -12,7 +12,7 @@ import pytest
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import NumericsError
-from mpocli.train.metrics import compute, language_modelling, perplexity
+from mpocli.train.evaluate.metrics import compute, language_modelling, perplexity
 
 
 def classes(seed: int, count: int = 200, flip: float = 0.3) -> tuple[list[int], list[int]]:

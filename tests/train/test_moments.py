@@ -12,12 +12,12 @@ import transformers as tf
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.optimisation import Optimisation
 from mpocli.hf.shrink import mpo_modules, set_mpo
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import cut_bond
-from mpocli.train.encode import collate
-from mpocli.train.moments import cut_moments, take_moments
-from mpocli.train.segment import ByLength, Place, Schedule, SegmentTrainer, Stretch, train_segment
-from mpocli.train.updates import set_update
+from mpocli.train.data.encode import collate
+from mpocli.train.loop.optimizer_state import cut_moments, take_moments
+from mpocli.train.loop.trainer import ByLength, Place, Schedule, SegmentTrainer, Stretch, train_segment
+from mpocli.train.loop.updates import set_update
 
 NAME = "bert.encoder.layer.0.attention.self.query"
 RATE, BETAS, EPSILON = 1e-2, (0.9, 0.999), 1e-8

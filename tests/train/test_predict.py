@@ -15,13 +15,13 @@ from mpocli.config.data import DataOptions
 from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods.task_data import Collator, evaluate, prepare
-from mpocli.train.distill import Distillation
-from mpocli.train.encode import IGNORE, collate
-from mpocli.train.predict import mask_tokens
-from mpocli.train.segment import ByLength, Schedule, SegmentTrainer, check_report_to
-from mpocli.train.updates import set_update
-from mpocli.train.vocabulary import Vocabulary
+from mpocli.methods.data.task import Collator, evaluate, prepare
+from mpocli.train.data.encode import IGNORE, collate
+from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.evaluate.predict import mask_tokens
+from mpocli.train.loop.distill import Distillation
+from mpocli.train.loop.trainer import ByLength, Schedule, SegmentTrainer, check_report_to
+from mpocli.train.loop.updates import set_update
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{k}" for k in range(40))]
 CLASSES = ("contradiction", "neutral", "entailment")  # roberta-large-mnli's order, not GLUE's

@@ -13,9 +13,9 @@ from models import BERT, GPT2, LLAMA, T5, VOCABULARY
 from torch import Tensor
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.encode import IGNORE, collate
-from mpocli.train.predictions import shifts_labels
-from mpocli.train.segment import Schedule, SegmentTrainer, train_segment
+from mpocli.train.data.encode import IGNORE, collate
+from mpocli.train.evaluate.predictions import shifts_labels
+from mpocli.train.loop.trainer import Schedule, SegmentTrainer, train_segment
 
 CALM: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 STILL: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -18,12 +18,12 @@ from transformers.integrations import integration_utils
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.optimisation import Optimisation
 from mpocli.errors import NumericsError, UsageError
-from mpocli.methods import decompose
+from mpocli.methods.decompose import run as decompose
 from mpocli.nn import MPOModule, logits
-from mpocli.train.best import KeepBest
-from mpocli.train.distill import Distillation, hidden_loss, soft_loss
-from mpocli.train.encode import collate
-from mpocli.train.segment import (
+from mpocli.train.data.encode import collate
+from mpocli.train.loop.best import KeepBest
+from mpocli.train.loop.distill import Distillation, hidden_loss, soft_loss
+from mpocli.train.loop.trainer import (
     ByLength,
     MetricsFile,
     Schedule,
@@ -32,7 +32,7 @@ from mpocli.train.segment import (
     last_checkpoint,
     train_segment,
 )
-from mpocli.train.updates import parameter_groups, roles, set_update
+from mpocli.train.loop.updates import parameter_groups, roles, set_update
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from cli.tasks import VOCABULARY, tokenizer
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError
-from mpocli.train.data import Examples
-from mpocli.train.encode import encode, lm_windows
-from mpocli.train.vocabulary import Vocabulary
+from mpocli.train.data.encode import encode, lm_windows
+from mpocli.train.data.examples import Examples
+from mpocli.train.data.vocabulary import Vocabulary
 
 SIZE = len(VOCABULARY)
 

@@ -15,9 +15,9 @@ from mpocli.config.modes import ALWAYS
 from mpocli.config.option import Option
 
 if TYPE_CHECKING:
-    from mpocli.methods.compare import Compared
-    from mpocli.methods.decompose import DecomposeReport
-    from mpocli.methods.decompose_report import ModuleReport
+    from mpocli.methods.decompose.report import ModuleReport
+    from mpocli.methods.decompose.run import DecomposeReport
+    from mpocli.methods.planner.compare import Compared
 
 
 def command(
@@ -56,7 +56,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import decompose
+    from mpocli.methods.decompose import run as decompose
     from mpocli.methods.device import device_of
 
     device_of(config.device)

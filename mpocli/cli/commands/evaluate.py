@@ -14,8 +14,8 @@ from mpocli.errors import TargetNotMetError, UsageError
 
 if TYPE_CHECKING:
     from mpocli.hf.sparse_paths import PathReport
-    from mpocli.methods.evaluate import EvalReport
-    from mpocli.methods.harness import HarnessReport
+    from mpocli.methods.evaluate.harness import HarnessReport
+    from mpocli.methods.evaluate.run import EvalReport
 
 
 def command(
@@ -46,7 +46,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import evaluate as method
+    from mpocli.methods.evaluate import run as method
 
     with quiet.transformers(), render.progress_bar("eval") as progress:
         report = method.run(
@@ -74,7 +74,7 @@ def _check_names(task: str, config: EvalConfig) -> None:
 
 
 def _check_gates(report: EvalReport | HarnessReport, config: EvalConfig) -> None:
-    from mpocli.methods.evaluate import check_gates
+    from mpocli.methods.evaluate.run import check_gates
 
     missed = check_gates(report, config.fail_below, config.max_drop)
     if missed:
@@ -83,7 +83,7 @@ def _check_gates(report: EvalReport | HarnessReport, config: EvalConfig) -> None
 
 def _run_harness(model: str, config: EvalConfig, *, json: bool) -> None:
     from mpocli.cli import render
-    from mpocli.methods import harness as method
+    from mpocli.methods.evaluate import harness as method
 
     assert config.lm_eval is not None
     harness = method.HarnessOptions(

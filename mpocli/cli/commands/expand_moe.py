@@ -13,7 +13,7 @@ from mpocli.config.option import Option
 from mpocli.config.page import NETWORKS
 
 if TYPE_CHECKING:
-    from mpocli.methods.expand_report import ExpandReport, ExpertsReport
+    from mpocli.methods.expand_moe.report import ExpandReport, ExpertsReport
 
 
 def command(
@@ -45,7 +45,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import expand_moe
+    from mpocli.methods.expand_moe import run as expand_moe
 
     with quiet.transformers(), render.progress_bar("expand-moe") as progress:
         report = expand_moe.run(model, config, destination, overwrite=overwrite, progress=progress)

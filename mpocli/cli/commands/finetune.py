@@ -15,8 +15,8 @@ from mpocli.config.option import Option
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpocli.methods.finetune import FinetuneReport
-    from mpocli.methods.overparam import OverparamReport
+    from mpocli.methods.finetune.overparam import OverparamReport
+    from mpocli.methods.finetune.run import FinetuneReport
 
 
 def _seeds(text: str, option: str) -> tuple[int, ...]:
@@ -62,7 +62,8 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import finetune, finetune_seeds
+    from mpocli.methods.finetune import run as finetune
+    from mpocli.methods.finetune import seeds as finetune_seeds
 
     destination = out or options.default_out(model, "finetuned")
     with options.resumable(destination), quiet.transformers(), render.training_bar("finetune") as progress:

@@ -9,7 +9,7 @@ from mpocli.config.common import Json, Model
 from mpocli.config.inspect import InspectConfig
 
 if TYPE_CHECKING:
-    from mpocli.methods.inspect import InspectReport, ModuleView
+    from mpocli.methods.inspect.run import InspectReport, ModuleView
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 30
@@ -34,7 +34,7 @@ def command(
     """
     from mpocli.cli import render
     from mpocli.errors import InputError
-    from mpocli.methods import inspect
+    from mpocli.methods.inspect import run as inspect
 
     with render.progress_bar("inspect", enabled=config.spectrum or config.verify) as progress:
         report = inspect.run(model, **vars(config), progress=progress)

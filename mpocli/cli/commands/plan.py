@@ -12,7 +12,7 @@ from mpocli.config.option import group
 from mpocli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpocli.methods.decompose import DecomposeReport
+    from mpocli.methods.decompose.run import DecomposeReport
 
 
 def command(
@@ -43,7 +43,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import decompose
+    from mpocli.methods.decompose import run as decompose
     from mpocli.methods.device import device_of
 
     device_of(config.device)

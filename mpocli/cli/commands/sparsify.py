@@ -11,7 +11,7 @@ from mpocli.config.modes import needs
 from mpocli.config.sparsify import SparsifyConfig, check_options
 
 if TYPE_CHECKING:
-    from mpocli.methods.sparsify import SparsifyReport
+    from mpocli.methods.sparsify.run import SparsifyReport
 
 
 def command(
@@ -43,7 +43,7 @@ def command(
 
     from mpocli.cli import render
     from mpocli.hf import quiet
-    from mpocli.methods import sparsify
+    from mpocli.methods.sparsify import run as sparsify
 
     destination = out or options.default_out(model, "sparse")
     if not resume:

@@ -13,7 +13,7 @@ from mpocli.config.squeeze import SqueezeConfig
 from mpocli.errors import TargetNotMetError
 
 if TYPE_CHECKING:
-    from mpocli.methods.squeeze import SqueezeReport
+    from mpocli.methods.squeeze.run import SqueezeReport
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
     from mpocli.cli import render
     from mpocli.cli.rounds import live_rounds
     from mpocli.hf import quiet
-    from mpocli.methods import squeeze
+    from mpocli.methods.squeeze import run as squeeze
 
     destination = out or options.default_out(model, "squeezed")
     if plot is not None:

@@ -20,8 +20,8 @@ from mpocli.io.output import check_output
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.training.directory import RECORD, reports_directory, training_directory
-from mpocli.train.processes import processes
-from mpocli.train.segment import check_report_to, last_checkpoint
+from mpocli.train.loop.processes import processes
+from mpocli.train.loop.trainer import check_report_to, last_checkpoint
 
 # What stood at the output when a run began, which is all that it may replace.
 _REPLACES = "replaces"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpocli.methods.training.run import TrainingRun
-from mpocli.train.segment import (
+from mpocli.train.loop.trainer import (
     METRICS,
     MetricsFile,
     Schedule,

@@ -11,8 +11,8 @@ from mpocli.config.routing import RoutingConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.routing import routers
 from mpocli.nn.router import Statistics
-from mpocli.train.gradient_mask import GradientMask
-from mpocli.train.router_statistics import TrainingStatistics
+from mpocli.train.loop.gradient_mask import GradientMask
+from mpocli.train.loop.router_statistics import TrainingStatistics
 
 
 def traits(checkpoint: Checkpoint) -> set[str]:

@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.segment import Schedule
+from mpocli.train.loop.trainer import Schedule
 
 
 class Counted(Protocol):

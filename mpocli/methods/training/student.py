@@ -11,9 +11,9 @@ from torch import nn
 from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
-from mpocli.methods.task_data import TaskData
+from mpocli.methods.data.task import TaskData
+from mpocli.train.loop.updates import roles
 from mpocli.train.models import listed, load_model
-from mpocli.train.updates import roles
 
 
 def load_student(

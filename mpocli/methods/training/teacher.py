@@ -5,8 +5,8 @@ from __future__ import annotations
 from mpocli.config.distillation import DistillationOptions
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods.task_data import TaskData, check_trained_head
-from mpocli.train.distill import Distillation
+from mpocli.methods.data.task import TaskData, check_trained_head
+from mpocli.train.loop.distill import Distillation
 from mpocli.train.models import load_model
 
 

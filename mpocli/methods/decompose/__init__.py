@@ -1,0 +1,1 @@
+"""decompose: which matrices, what they become, what is told of them."""

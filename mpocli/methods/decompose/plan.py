@@ -1,0 +1,114 @@
+"""Options of decompose, and what they mean for each weight matrix of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.of_model import check_model
+from mpocli.errors import InputError
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.matrices import select
+from mpocli.hf.targets import Weight
+from mpocli.io.manifest import MPOSpec
+from mpocli.methods.planner.fit_store import Solution
+from mpocli.mpo import SiteShape, Truncation, site_shape
+
+DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
+MPO_ALREADY = "is an MPO already"
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`.
+
+    `bonds` are decided for an MPO that is cut again; with a budget too, when `solution` holds the cores. Until then
+    `sites` only says that it may be decomposed.
+    """
+
+    weight: Weight
+    sites: SiteShape | None
+    truncation: Truncation
+    reason: str = ""
+    bonds: tuple[int, ...] | None = None
+    solution: Solution | None = None
+
+
+def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
+    """One plan for every weight matrix, selected or not, in the model's order. Reads no weights.
+
+    Raises `InputError` where nothing is selected, a glob matches nothing or a shape does not fit.
+    """
+    weights = checkpoint.survey.weights
+    chosen = select(
+        weights, layers=config.layers, targets=config.targets, ignore=config.ignore, default_roles=DEFAULT_ROLES
+    )
+    if not chosen:
+        have = sorted({role for weight in weights for role in weight.roles})
+        raise InputError("no weight matrix is selected", hint=f"this model has the roles {', '.join(have) or 'none'}")
+    dense = [weight for weight in chosen if weight.entry is None]
+    traits = {*(weight.role or "" for weight in chosen), *(["dense matrices"] if dense else [])}
+    check_model(config, checkpoint.source.name, traits)
+    if config.budget is not None and not dense:
+        raise InputError(
+            f"{checkpoint.source.name}: all {len(chosen)} matrices that are chosen are MPOs, which no plan takes apart",
+            hint="truncate them with --trunc or --rel-tol, or run mpocli merge and plan anew",
+        )
+    for glob, _ in config.shapes:
+        if not any(fnmatchcase(member.name, glob) for weight in chosen for member in weight.members):
+            select(weights, layers=None, targets=(glob,), ignore=(), default_roles=(), target_option="--shape")
+            raise InputError(f"--shape {glob!r} matches only matrices that are not selected", hint="see --layers")
+    plans = []
+    for weight in weights:
+        truncation = Truncation(config.cap(weight.role), config.rel_tol)
+        if weight not in chosen:
+            plans.append(WeightPlan(weight, None, truncation, "not selected"))
+        elif weight.entry is not None:
+            plans.append(_again(checkpoint, config, weight, weight.entry.spec))
+        elif weight.obstacle:
+            plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
+        else:
+            sites = sites_of(weight, config.shapes, config.sites)
+            if config.budget is not None:
+                plans.append(WeightPlan(weight, sites, truncation))
+                continue
+            size = sites.num_params(sites.capped_bond_dims(config.cap(weight.role)))
+            reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
+            plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))
+    return plans
+
+
+def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec: MPOSpec) -> WeightPlan:
+    """What is to be done with an MPO: its bonds are cut where that is asked for, and nothing else is."""
+    cap, widest = config.cap(weight.role), max(spec.bond_dims)
+    reason = ""
+    if config.budget is not None:
+        reason = ", which no plan takes apart"
+    elif spec.experts:
+        reason = " of experts, whose bonds are not cut"
+    elif any(checkpoint.reader.encoding(weight.key_of(core)).holds_zeros for core in spec.core_shapes()):
+        reason = ", whose zeros a cut would fill"
+    elif not config.rel_tol and cap is not None and cap >= widest:
+        reason = f", with bonds of at most {widest}"
+    if reason or not (config.rel_tol or cap is not None):
+        return WeightPlan(weight, None, Truncation(), MPO_ALREADY + reason)
+    caps = tuple(bond if cap is None else min(bond, cap) for bond in spec.bond_dims[1:-1])
+    bonds = spec.sites.capped_bond_dims(caps)
+    return WeightPlan(weight, spec.sites, Truncation(bonds[1:-1], config.rel_tol), bonds=bonds)
+
+
+def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
+    """The sites that a `--shape` names for a weight, else the usual ones; raises what `check_fits` does."""
+    for glob, sites in reversed(shapes):  # the last word counts
+        if any(fnmatchcase(member.name, glob) for member in weight.members):
+            sites.check_fits(weight.shape, weight.name)
+            return sites
+    return site_shape(*weight.shape, number)
+
+
+def why_larger(size: int, weight: Weight) -> str:
+    """The reason to keep a weight whose MPO has `size` parameters; empty where that is no more than it has."""
+    dense = weight.dense_params
+    return f"an MPO would be larger ({size:,} > {dense:,} parameters)" if size > dense else ""

@@ -1,0 +1,96 @@
+"""decompose: turn chosen weight matrices of a checkpoint into MPOs, one matrix in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpocli.config.decompose import DecomposeConfig
+from mpocli.hf.artifact import Checkpoint
+from mpocli.io.apart import check_apart
+from mpocli.io.claim import writes_output
+from mpocli.io.encodings.known import Encodings
+from mpocli.io.manifest import Totals
+from mpocli.io.output import check_output, output_directory
+from mpocli.io.scratch import scratch_directory
+from mpocli.methods.decompose.budget import decide
+from mpocli.methods.decompose.cores import Decomposer
+from mpocli.methods.decompose.plan import plan
+from mpocli.methods.decompose.report import ModuleReport, module_reports
+from mpocli.methods.inputs import paths_read
+from mpocli.methods.planner.compare import Compared
+from mpocli.methods.rewrite import Progress
+
+
+@dataclass(frozen=True)
+class DecomposeReport:
+    out: str | None
+    seconds: float
+    dry_run: bool
+    totals: Totals
+    before: Totals
+    modules: tuple[ModuleReport, ...]
+    filled: int = 0  # sparse matrices whose zeros are gone, since they became MPOs
+    base_model: dict[str, Any] = field(default_factory=dict)
+    architecture: str = "AutoModel"
+    warnings: tuple[str, ...] = ()
+    compared: tuple[Compared, ...] = ()
+
+
+@writes_output
+def run(
+    model: str,
+    config: DecomposeConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> DecomposeReport:
+    """Decompose a checkpoint into a new directory `out` (or, with `dry_run`, only say what it would hold).
+
+    `progress(done, total, name)` is called after each matrix. Raises `UsageError` for options that contradict
+    one another, `InputError` for a model, shape or glob that cannot be used, `NumericsError` where a matrix
+    cannot be stored in the asked dtype. Nothing is written in any of these cases.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    reads = paths_read(checkpoint.source.directory, config)
+    measured = {"--sensitivity": config.budget.sensitivity if config.budget else None}
+    check_apart(measured, reads)
+    if not dry_run:
+        check_output(out, reads, overwrite=overwrite, writes=measured)
+    plans = plan(checkpoint, config)
+    warnings: list[str] = []
+    compared: tuple[Compared, ...] = ()
+    with scratch_directory(None if dry_run else out) as folder:
+        if config.budget is not None:
+            decision = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
+            plans, compared = decision.plans, decision.compared
+        # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
+        worker = Decomposer(checkpoint, config, plans, reads=not dry_run or bool(config.rel_tol))
+        rewriting, most = worker.rewriting(progress), config.max_shard_bytes
+        if dry_run:
+            manifest, totals = rewriting.dry_run(most)
+        else:
+            with output_directory(out) as work:
+                manifest, totals = rewriting.write(work, "decompose", config.recorded(), config.seed, most)
+    return DecomposeReport(
+        out=None if dry_run else str(out),
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+        totals=totals,
+        before=checkpoint.totals(),
+        modules=module_reports(plans, manifest, worker.kept, config.dtype),
+        filled=_with_zeros(checkpoint.encodings) - _with_zeros(manifest.encodings),
+        base_model={} if dry_run else checkpoint.base_model(),
+        architecture=checkpoint.architecture,
+        warnings=tuple(warnings),
+        compared=compared,
+    )
+
+
+def _with_zeros(encodings: Encodings) -> int:
+    return sum(encoding.holds_zeros for encoding in encodings.values())

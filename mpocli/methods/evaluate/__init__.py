@@ -1,0 +1,1 @@
+"""eval: on a task, beside a baseline, or by EleutherAI's harness."""

@@ -1,0 +1,1 @@
+"""expand-moe: which networks become experts, and what is told of them."""

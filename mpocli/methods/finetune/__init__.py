@@ -1,0 +1,1 @@
+"""finetune, over several seeds and over-parameterised (OPF) too."""

@@ -1,0 +1,1 @@
+"""inspect: what a checkpoint holds, and whether its manifest tells the truth."""

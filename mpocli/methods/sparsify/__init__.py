@@ -1,0 +1,1 @@
+"""sparsify: which tensors, by which scores, at once or while training."""

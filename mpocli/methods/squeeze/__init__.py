@@ -1,0 +1,1 @@
+"""squeeze: the choice of a bond, the rounds, and their state on disk."""

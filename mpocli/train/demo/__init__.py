@@ -1,0 +1,1 @@
+"""Small real language models made on the spot."""
