@@ -40,14 +40,14 @@ def default_out(model: str, suffix: str) -> Path:
 def check_calibration(asked: Budget | SparsifyConfig | None) -> None:
     """`InputError` for a text to look at that is not there."""
     if asked is not None and asked.calibration is not None:
-        from mpocli.train.data.examples import check_source
+        from mpocli.train.data.local import check_source
 
         check_source(asked.calibration.source)
 
 
 def check_sources(data: DataOptions | None) -> None:
     """`InputError` for a file of data that is not there, before anything slow."""
-    from mpocli.train.data.examples import check_source
+    from mpocli.train.data.local import check_source
 
     for source in (data.train, *data.eval, data.test) if data is not None else ():
         if source is not None:

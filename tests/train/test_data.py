@@ -13,7 +13,8 @@ import pytest
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
-from mpocli.train.data.examples import Examples, read_examples, read_text, references, split_off, take
+from mpocli.train.data.examples import Examples, read_examples, references, split_off, take
+from mpocli.train.data.text import read_text
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 RTE, SST2, STSB = task_named("rte"), task_named("sst2"), task_named("stsb")
