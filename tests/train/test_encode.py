@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
-from mpocli.train.data import encode as module
-from mpocli.train.data.encode import IGNORE, SEPARATOR, collate, encode, lm_windows
+from mpocli.train.data import windows as windows_file
+from mpocli.train.data.collate import IGNORE, collate
+from mpocli.train.data.encode import SEPARATOR, encode
 from mpocli.train.data.examples import Examples
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.data.windows import lm_windows
 
 SST2, RTE, STSB, E2E = (task_named(name) for name in ("sst2", "rte", "stsb", "e2e"))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -318,7 +320,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer: Any, piece: int
     for seed in range(3):
         text = prose(seed, 1500)
         whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        assert module._tokenise(text, tokenizer, piece) == whole
+        assert windows_file.tokenise(text, tokenizer, piece) == whole
 
 
 def test_a_cut_that_would_change_the_tokens_is_given_up() -> None:
@@ -331,7 +333,7 @@ def test_a_cut_that_would_change_the_tokens_is_given_up() -> None:
     middle = text.index(" the ", 500)
     halves = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:middle], text[middle:])]
     assert halves[0] + halves[1] != whole
-    assert module._tokenise(text, tokenizer, 100) == whole
+    assert windows_file.tokenise(text, tokenizer, 100) == whole
 
 
 def test_pieces_are_really_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,12 +344,12 @@ def test_pieces_are_really_made(monkeypatch: pytest.MonkeyPatch) -> None:
         return [[ord(letter) for letter in text] for text in texts]
 
     text = "the mill " * 1000
-    monkeypatch.setattr(module, "_ids", letters)
-    assert module._tokenise(text, None, 1000) == [ord(letter) for letter in text]
+    monkeypatch.setattr(windows_file, "token_ids", letters)
+    assert windows_file.tokenise(text, None, 1000) == [ord(letter) for letter in text]
     assert max(seen) < 1100
     seen.clear()
-    monkeypatch.setattr(module, "_ids", lambda *given: [[0] for _ in letters(*given)])
-    module._tokenise(text, None, 1000)
+    monkeypatch.setattr(windows_file, "token_ids", lambda *given: [[0] for _ in letters(*given)])
+    windows_file.tokenise(text, None, 1000)
     assert max(seen) == len(text)  # [0] + [0] is not [0]: with such a tokenizer every cut is given up
 
 

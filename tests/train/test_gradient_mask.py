@@ -19,7 +19,7 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOExperts
-from mpocli.train.data.encode import collate
+from mpocli.train.data.collate import collate
 from mpocli.train.loop.gradient_mask import GradientMask
 from mpocli.train.loop.trainer import Schedule, SegmentTrainer, last_checkpoint, train_segment
 from mpocli.train.loop.updates import roles

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.data.encode import collate
+from mpocli.train.data.collate import collate
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
 from mpocli.train.loop.trainer import Place, Schedule, SegmentTrainer, train_segment
 

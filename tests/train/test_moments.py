@@ -14,7 +14,7 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import cut_bond
-from mpocli.train.data.encode import collate
+from mpocli.train.data.collate import collate
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
 from mpocli.train.loop.trainer import ByLength, Place, Schedule, SegmentTrainer, Stretch, train_segment
 from mpocli.train.loop.updates import set_update

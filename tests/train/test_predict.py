@@ -16,7 +16,7 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods.data.task import Collator, evaluate, prepare
-from mpocli.train.data.encode import IGNORE, collate
+from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.data.vocabulary import Vocabulary
 from mpocli.train.evaluate.predict import mask_tokens
 from mpocli.train.loop.distill import Distillation

@@ -13,7 +13,7 @@ from models import BERT, GPT2, LLAMA, T5, VOCABULARY
 from torch import Tensor
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.data.encode import IGNORE, collate
+from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.evaluate.predictions import shifts_labels
 from mpocli.train.loop.trainer import Schedule, SegmentTrainer, train_segment
 

@@ -20,7 +20,7 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.errors import NumericsError, UsageError
 from mpocli.methods.decompose import run as decompose
 from mpocli.nn import MPOModule, logits
-from mpocli.train.data.encode import collate
+from mpocli.train.data.collate import collate
 from mpocli.train.loop.best import KeepBest
 from mpocli.train.loop.distill import Distillation, hidden_loss, soft_loss
 from mpocli.train.loop.trainer import (

@@ -9,9 +9,10 @@ from cli.tasks import VOCABULARY, tokenizer
 
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError
-from mpocli.train.data.encode import encode, lm_windows
+from mpocli.train.data.encode import encode
 from mpocli.train.data.examples import Examples
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.data.windows import lm_windows
 
 SIZE = len(VOCABULARY)
 

@@ -18,8 +18,9 @@ from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods.data.task import model_vocabulary, positions, prepare
 from mpocli.nn.logits import rows_at_once
-from mpocli.train.data.encode import collate, lm_windows
+from mpocli.train.data.collate import collate
 from mpocli.train.data.text import read_text
+from mpocli.train.data.windows import lm_windows
 from mpocli.train.models import family_of, vocabulary_of
 
 Batches = list[dict[str, Tensor]]

@@ -16,10 +16,12 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.config import class_name
 from mpocli.hf.loading import load_tokenizer
-from mpocli.train.data.encode import Encoded, Windows, collate, encode, lm_windows
+from mpocli.train.data.collate import collate
+from mpocli.train.data.encode import Encoded, encode
 from mpocli.train.data.examples import Examples, read_examples, references, split_off
 from mpocli.train.data.text import read_text
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.data.windows import Windows, lm_windows
 from mpocli.train.evaluate.predict import Progress, Run, mask_tokens, run_examples, run_generation, run_windows, score
 from mpocli.train.models import Family, family_of
 

@@ -17,8 +17,9 @@ from mpocli.errors import InputError, NumericsError
 from mpocli.hf.foreign import foreign
 from mpocli.nn.evaluating import evaluating
 from mpocli.nn.logits import rows_at_once, slices
-from mpocli.train.data.encode import IGNORE, Windows, collate
+from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.data.windows import Windows
 from mpocli.train.evaluate.metrics import compute, language_modelling, perplexity
 from mpocli.train.models import Family, vocabulary_of
 

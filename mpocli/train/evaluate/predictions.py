@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mpocli.nn.evaluating import evaluating
-from mpocli.train.data.encode import IGNORE
+from mpocli.train.data.collate import IGNORE
 
 
 def predictions(labels: Tensor, *, next_token: bool) -> Tensor:
     """How many of a batch's labels are asked for, as a tensor of no dimension.
 
-    Of a causal language model (`next_token`) the first token of a row never is.
+    The first token of a row never is, where the model is a causal language model (`next_token`).
 
     >>> labels = torch.tensor([[5, 6, IGNORE], [7, 8, 9]])
     >>> [int(predictions(labels, next_token=causal)) for causal in (False, True)]

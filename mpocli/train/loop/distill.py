@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mpocli.errors import InputError
 from mpocli.nn.logits import SoftLoss
-from mpocli.train.data.encode import IGNORE
+from mpocli.train.data.collate import IGNORE
 
 
 @dataclass(frozen=True)
