@@ -18,6 +18,7 @@ FLOORS = {
     "printable": 0,
     "errors": 0,
     "lazy": 0,
+    "progress": 0,
     "mpo": 1,
     "sparse": 1,
     "config": 2,
@@ -28,6 +29,22 @@ FLOORS = {
     "methods": 6,
     "cli": 7,
 }
+# Rooms of a floor: a file imports from its own room and from those below, so that no verb imports another one.
+ROOMS = {
+    "methods": {
+        **dict.fromkeys(("device", "inputs", "memory", "rewrite", "site_choice", "skipped"), 0),
+        "data": 1,
+        **dict.fromkeys(("planner", "training"), 2),
+        **dict.fromkeys(("decompose", "demo", "evaluate", "expand_moe", "finetune", "inspect", "merge"), 3),
+        **dict.fromkeys(("sparsify", "squeeze"), 3),
+    },
+    "train": {
+        **dict.fromkeys(("importance", "models"), 0),
+        "data": 1,
+        "evaluate": 2,
+        **dict.fromkeys(("demo", "loop", "sparse"), 3),
+    },
+}
 # Packages from outside that only some floors may touch; anything else is free for all but `mpo` and `sparse`.
 RESERVED = {
     "transformers": {"hf", "train"},
@@ -37,6 +54,18 @@ RESERVED = {
     "rich": {"cli"},
     "click": set(),
 }
+
+
+def test_readmes_map_has_a_line_for_every_room_and_every_file_that_is_in_none() -> None:
+    block = (ROOT / "README.md").read_text().partition("## Inside")[2].split("```")[1]
+    listed = [line.split()[0] for line in block.strip().splitlines()]
+    files = [file.relative_to(ROOT) for file in (ROOT / "mpocli").rglob("*.py")]
+    floors_with_rooms = {Path("mpocli"), *(Path("mpocli", floor) for floor in ROOMS)}
+    rooms = {f"{file.parent}/" for file in files if file.parent not in floors_with_rooms}
+    alone = {str(file) for file in files if file.parent in floors_with_rooms} - {
+        f"mpocli/{floor}/__init__.py" for floor in ROOMS
+    }
+    assert sorted(listed) == sorted(rooms | alone)
 
 
 @dataclass(frozen=True)
@@ -64,6 +93,11 @@ def imports(source: str, file: str) -> Iterator[Import]:
             )
 
 
+def _room(path: str) -> str:
+    """The room of a file or module inside its floor: the first part of its path."""
+    return path.partition("/")[0].removesuffix(".py")
+
+
 def violations(source: str, file: str) -> list[str]:
     """What a file imports and must not. `file` is its path inside `mpocli/`."""
     package = file.partition("/")[0].removesuffix(".py")
@@ -74,7 +108,12 @@ def violations(source: str, file: str) -> list[str]:
         top, _, rest = imported.module.partition(".")
         other = rest.partition(".")[0]
         where = f"{file}:{imported.line} imports {imported.module}"
-        if top == "mpocli":
+        if top == "mpocli" and other == package:
+            room, opened = _room(file.partition("/")[2]), _room(rest.partition(".")[2].replace(".", "/"))
+            levels = ROOMS.get(package, {})
+            if room != opened and levels and levels.get(opened, 99) >= levels.get(room, -1):
+                found.append(f"{where}, a room that is not below")
+        elif top == "mpocli":
             if other not in (package, "__version__") and FLOORS.get(other, 99) >= FLOORS[package]:
                 found.append(f"{where}, which is not below")
         elif package in ("mpo", "sparse") and top != "torch" and top not in sys.stdlib_module_names:
@@ -89,6 +128,9 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
     assert len(files) > 30
     names = {str(file.relative_to(ROOT / "mpocli")): file for file in files}
     assert {name.partition("/")[0].removesuffix(".py") for name in names} <= {*FLOORS, "__init__", "__main__"}
+    for floor, rooms in ROOMS.items():
+        there = {_room(name.partition("/")[2]) for name in names if name.startswith(f"{floor}/")}
+        assert there == {*rooms, "__init__"}
     assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
 
 
@@ -146,6 +188,13 @@ def test_no_files_import_one_another_in_a_circle() -> None:
         ("methods/a.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("methods/a.py", "from mpocli.cli import render"),
         ("methods/a.py", "import typer"),
+        ("methods/merge.py", "from mpocli.methods.decompose.run import run"),
+        ("methods/squeeze/run.py", "from mpocli.methods.finetune import run"),
+        ("methods/sparsify/run.py", "def f():\n    from ..squeeze.run import run"),
+        ("methods/data/task.py", "from mpocli.methods.training.student import load_student"),
+        ("methods/rewrite.py", "import mpocli.methods.data.task"),
+        ("train/data/encode.py", "from mpocli.train.evaluate.predict import Run"),
+        ("train/models.py", "from mpocli.train.loop import trainer"),
         ("cli/a.py", "import click"),
         ("cli/a.py", "def f():\n    from click.testing import CliRunner"),
         ("cli/a.py", "def f():\n    from transformers.utils import logging"),
@@ -163,6 +212,8 @@ def test_an_import_that_points_up_or_trespasses_is_noticed(file: str, source: st
         ("nn/a.py", "from mpocli.mpo import MPO"),
         ("hf/a.py", "import transformers\nfrom mpocli.io.manifest import MPOSpec\nfrom mpocli import __version__"),
         ("methods/a.py", "from mpocli.hf.targets import survey\nfrom mpocli.train import data"),
+        ("methods/merge.py", "from mpocli.methods.rewrite import Rewriting"),
+        ("methods/sparsify/run.py", "from mpocli.methods.sparsify.plan import plan\nfrom ..training import run"),
         ("cli/commands/a.py", "import typer\ndef f():\n    from mpocli.hf import quiet"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpocli.errors import InputError
 from mpocli.hf.activations import Batch, Inputs, Padding, run, watch_inputs
 from mpocli.nn.evaluating import evaluating
+from mpocli.progress import StepProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def sequential(
     visit: Visit,
     *,
     gram: bool,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> None:
     """Call `visit(name, module, inputs)` for the named modules block by block, in the order of their execution.
 

@@ -20,6 +20,7 @@ from mpocli.errors import InputError, NumericsError
 from mpocli.hf.activations import Batch, Inputs, Padding, run, watch_inputs
 from mpocli.hf.probe import Probe, samples_of
 from mpocli.nn.evaluating import evaluating
+from mpocli.progress import StepProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ def collect(
     folder: Path,
     *,
     probe: Probe | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> Store:
     """The moments of the named modules (Linear, Conv1D or Embedding), in as few passes as memory allows.
 

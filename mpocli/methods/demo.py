@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.apart import check_apart
 from mpocli.io.manifest import MANIFEST
-from mpocli.methods.decompose import run as decompose
 from mpocli.train.demo.models import build_demo_models
 from mpocli.train.demo.predict import examine
 
@@ -43,10 +43,17 @@ class DemoReport:
     arms: tuple[Arm, ...]
 
 
-def run(cache: Path, out: Path, *, progress: Callable[[str, int, int], None] | None = None) -> DemoReport:
+def run(
+    cache: Path,
+    out: Path,
+    decompose: Callable[..., Any],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DemoReport:
     """Make the demo models under `cache` unless they are there, and their MPO checkpoints under `out`.
 
-    `progress(stage, done, total)` is called along the way. Raises `InputError` where a directory cannot be written.
+    `decompose(model, config, out, overwrite=…)` is the verb of that name; `progress(stage, done, total)` is called
+    along the way. Raises `InputError` where a directory cannot be written.
     """
     started = time.perf_counter()
     check_apart({"--cache": cache, "--out": out}, {})
@@ -64,7 +71,7 @@ def run(cache: Path, out: Path, *, progress: Callable[[str, int, int], None] | N
             arms.append(_arm(name, "dense", dense, texts))
         suffix = "lossless" if config.trunc is None else f"trunc-{config.trunc}"
         made = out / f"{name}-{suffix}"
-        decompose.run(str(dense), config, made, overwrite=_is_demos(made, name))
+        decompose(str(dense), config, made, overwrite=_is_demos(made, name))
         arms.append(_arm(name, suffix.replace("trunc-", "--trunc "), made, texts))
         if progress:
             progress("decomposing, loading, predicting", done + 1, len(plans))

@@ -15,8 +15,9 @@ from mpocli.hf.values import dense_experts, dense_tensor
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import ModuleEntry, Totals
 from mpocli.io.output import check_output, output_directory
-from mpocli.methods.rewrite import Progress, Rewriting, Stored
+from mpocli.methods.rewrite import Rewriting, Stored
 from mpocli.mpo.linalg import cast
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)

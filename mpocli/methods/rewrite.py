@@ -19,8 +19,7 @@ from mpocli.io.manifest import Manifest, ModuleEntry, Totals
 from mpocli.io.signpost import SIGNPOST, add_signpost
 from mpocli.io.writer import CheckpointWriter, Sink, SpecCounter, plan_shards
 from mpocli.mpo.linalg import cast
-
-Progress = Callable[[int, int, str], None]
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)

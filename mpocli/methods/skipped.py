@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Kept:
+class Skipped:
     """A selected matrix that stays as it is, and why."""
 
     name: str

@@ -45,7 +45,7 @@ class Fitted:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class FittingProblem:
     """W (O, I) with the Gram matrix G (I, I) of its inputs and the weights H (O, O) of its outputs; None: identity."""
 
     matrix: Tensor

@@ -26,7 +26,7 @@ from mpocli.hf.moments import collect
 from mpocli.methods.data.calibration import calibration_batches
 from mpocli.mpo.candidates import Candidate, all_of
 from mpocli.mpo.factorize import site_shape
-from mpocli.mpo.fitting import Subject
+from mpocli.mpo.fitting import FittingProblem
 from mpocli.mpo.gram import regularised
 from mpocli.mpo.sweep import fit
 from mpocli.mpo.weighted import weighted_square
@@ -35,7 +35,7 @@ COLUMNS = ("plain SVD", "whitened SVD", "balanced", "balanced, 4 sweeps", "auto"
 
 
 def errors(matrix: Tensor, gram: Tensor, ratio: float) -> tuple[list[float], str]:
-    subject, plain = Subject(matrix, gram), Subject(matrix)
+    subject, plain = FittingProblem(matrix, gram), FittingProblem(matrix)
     size = int(ratio * matrix.numel())
     balanced = Candidate("balanced", site_shape(*matrix.shape, 2))
     truncated = plain.fitted_within(balanced, size, 0)

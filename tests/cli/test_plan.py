@@ -22,7 +22,7 @@ from mpocli.config.budget import named_task
 from mpocli.hf import moments
 from mpocli.hf.moments import collect
 from mpocli.hf.probe import Probe
-from mpocli.methods.planner.divergence import Kept, divergence
+from mpocli.methods.planner.divergence import RecordedOutputs, divergence
 from mpocli.mpo.gram import regularised
 from mpocli.nn import logits
 
@@ -385,7 +385,7 @@ def test_the_divergence_of_two_models_is_the_same_whatever_is_held_of_their_logi
     batch = {"input_ids": ids, "attention_mask": mask}
     monkeypatch.setattr(logits, "MOST_LOGITS", 2 * len(tasks.VOCABULARY))
     with torch.no_grad():
-        found, losses = divergence(other, Kept(dense, [batch, batch], tmp_path), causal=True)
+        found, losses = divergence(other, RecordedOutputs(dense, [batch, batch], tmp_path), causal=True)
         p, q = (model(**batch).logits.log_softmax(-1) for model in (dense, other))
         expected = (p.exp() * (p - q)).sum(-1)[mask != 0].mean()
         next_ones = -q[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:] != 0].mean()

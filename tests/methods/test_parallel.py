@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mpocli.methods.planner.parallel import side_by_side
+from mpocli.methods.planner.parallel import run_parallel
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_large_jobs_run_alone_on_all_threads_and_the_others_beside_each_other_on
         with lock:
             running.remove(job)
 
-    announced = list(side_by_side(range(6), do, alone=lambda job: job % 3 == 0))
+    announced = list(run_parallel(range(6), do, alone=lambda job: job % 3 == 0))
     assert announced == [0, 3, 1, 2, 4, 5]
     assert seen[0] == (2, frozenset({0})) and seen[3] == (2, frozenset({3}))
     assert {threads for threads, _ in (seen[job] for job in (1, 2, 4, 5))} == {1}
@@ -50,7 +50,7 @@ def test_the_first_error_ends_it_and_nothing_more_begins() -> None:
         time.sleep(0.2)
 
     with pytest.raises(ValueError, match="no"):
-        list(side_by_side(range(20), do, alone=lambda job: False))
+        list(run_parallel(range(20), do, alone=lambda job: False))
     assert len(begun) < 6
 
 
@@ -64,7 +64,7 @@ def test_an_error_behind_a_long_job_ends_it_too() -> None:
         time.sleep(0.3 if job == 0 else 0.01)
 
     with pytest.raises(ValueError, match="no"):
-        list(side_by_side(range(30), do, alone=lambda job: False))
+        list(run_parallel(range(30), do, alone=lambda job: False))
     assert begun == [0, 1]
 
 
@@ -75,7 +75,7 @@ def test_a_caller_that_stops_leaves_nothing_behind() -> None:
         begun.append(job)
         time.sleep(0.05)
 
-    work = side_by_side(range(50), do, alone=lambda job: False)
+    work = run_parallel(range(50), do, alone=lambda job: False)
     next(work)
     work.close()  # type: ignore[attr-defined]
     count = len(begun)

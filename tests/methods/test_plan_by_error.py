@@ -14,29 +14,29 @@ from torch import Tensor
 from mpocli.config.budget import Budget
 from mpocli.hf.targets import Weight
 from mpocli.methods.planner.by_error import smallest_within
-from mpocli.methods.planner.fit_store import Solution, Workshop
+from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.norms import Norm
-from mpocli.mpo.fitting import Subject
+from mpocli.mpo.fitting import FittingProblem
 from mpocli.mpo.gram import regularised
 from mpocli.mpo.weighted import weighted_square
 
 
 @dataclass(frozen=True)
-class Shop(Workshop):
+class Fits(FitStore):
     """A workshop of one matrix, which comes from nowhere."""
 
     matrix: Tensor | None = None
     gram: Tensor | None = None
 
-    def subject(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, Subject]:
+    def subject(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, FittingProblem]:
         assert self.matrix is not None
-        return Norm(self.gram, inputs=lambda: self.gram), Subject(self.matrix, self.gram)
+        return Norm(self.gram, inputs=lambda: self.gram), FittingProblem(self.matrix, self.gram)
 
 
-def shop(matrix: Tensor, gram: Tensor, limit: float, folder: Path, dtype: str, shapes: Any) -> Shop:
+def shop(matrix: Tensor, gram: Tensor, limit: float, folder: Path, dtype: str, shapes: Any) -> Fits:
     nothing: Any = None
     budget = Budget(max_error=limit, shapes=shapes)
-    return Shop(nothing, budget, nothing, folder, torch.device("cpu"), dtype, 2, matrix=matrix, gram=gram)
+    return Fits(nothing, budget, nothing, folder, torch.device("cpu"), dtype, 2, matrix=matrix, gram=gram)
 
 
 @pytest.mark.parametrize("shapes", ["svd", "paper"])
@@ -50,7 +50,7 @@ def test_the_bound_is_met_by_what_is_stored(outlier: float, dtype: str, shapes: 
     whole = weighted_square(w, gram)
     weight: Any = type("AWeight", (), {"name": "w", "shape": (64, 64), "kind": "linear", "dense_params": 4096})
     weight.dtype = getattr(torch, dtype)
-    plain = Subject(w, gram)
+    plain = FittingProblem(w, gram)
     met = 0
     for rank in (2, 8, 14, 20):
         fitted = plain.svd_within(rank * 128)
@@ -58,7 +58,7 @@ def test_the_bound_is_met_by_what_is_stored(outlier: float, dtype: str, shapes: 
         # Bounds that some rank meets by a hair, before it is rounded.
         limit = math.sqrt(fitted.loss / whole) * (1 + 1e-9)
         found = smallest_within(shop(w, gram, limit, tmp_path, dtype, shapes), weight, limit)
-        if isinstance(found, Solution):
+        if isinstance(found, ChosenForm):
             stored = found.mpo((64, 64)).to(dtype=torch.float64).to_matrix()
             true = math.sqrt(weighted_square(w - stored, gram) / whole)
             assert true <= limit and found.weighted_error == pytest.approx(true, rel=1e-9)

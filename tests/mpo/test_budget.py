@@ -14,7 +14,7 @@ from mpocli.errors import UsageError
 from mpocli.mpo import MPO, SiteShape, site_shape
 from mpocli.mpo.budget import Curve, allocate
 from mpocli.mpo.candidates import Candidate, all_of, bonds_within, papers, unbalanced
-from mpocli.mpo.fitting import Subject, interpolated
+from mpocli.mpo.fitting import FittingProblem, interpolated
 from mpocli.mpo.gram import regularised
 
 POINTS = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 100)), min_size=1, max_size=5)
@@ -119,7 +119,7 @@ def test_the_curve_of_the_svd_is_what_its_forms_lose() -> None:
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(9, 7, dtype=torch.float64, generator=generator)
     inputs = torch.randn(40, 7, dtype=torch.float64, generator=generator)
-    subject = Subject(w, inputs.T @ inputs)
+    subject = FittingProblem(w, inputs.T @ inputs)
     for params, loss in subject.svd_curve().options[:-1]:
         found = subject.svd_within(params)
         assert found is not None and found.mpo.num_params == params
@@ -132,14 +132,14 @@ def test_kronecker_structure_is_found_and_noise_is_left_to_the_svd() -> None:
     a, b = (torch.randn(8, 8, dtype=torch.float64, generator=generator) for _ in range(2))
     noise = torch.randn(64, 64, dtype=torch.float64, generator=generator)
     chains = [candidate for candidate in all_of(64, 64) if candidate.name != "svd"]
-    product_ = Subject(torch.kron(a, b) + 0.01 * noise)
+    product_ = FittingProblem(torch.kron(a, b) + 0.01 * noise)
     found = product_.most_promising(chains, 600)
     assert found is not None and found.name == "balanced"
-    low_rank = Subject(torch.outer(noise[0], noise[1]) + 0.01 * noise)
+    low_rank = FittingProblem(torch.outer(noise[0], noise[1]) + 0.01 * noise)
     assert low_rank.most_promising(chains, 600) is None
 
 
-def structured(outlier: float, least: float) -> Subject:
+def structured(outlier: float, least: float) -> FittingProblem:
     """Two sites and noise, under inputs of which one direction is far larger than all others."""
     generator = torch.Generator().manual_seed(1)
     first, second, noise, direction = (
@@ -149,7 +149,7 @@ def structured(outlier: float, least: float) -> Subject:
     exact = MPO((first, second), (64, 64)).to_matrix()
     inputs = torch.eye(64, dtype=torch.float64) + outlier**2 * torch.outer(direction, direction)
     gram = regularised(inputs * 30_000, 30_000, least=least)
-    return Subject(exact / exact.std() + 0.3 * noise, gram, regularised(noise @ noise.T, 64, least=0.3))
+    return FittingProblem(exact / exact.std() + 0.3 * noise, gram, regularised(noise @ noise.T, 64, least=0.3))
 
 
 @pytest.mark.parametrize("outlier", [0.0, 30.0, 100.0])

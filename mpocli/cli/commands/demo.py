@@ -36,9 +36,10 @@ def command(
     from mpocli.cli import render
     from mpocli.hf import quiet
     from mpocli.methods import demo
+    from mpocli.methods.decompose.run import run as decompose
 
     with quiet.transformers(), _stages() as progress:
-        report = demo.run(cache or _default_cache(), out, progress=progress)
+        report = demo.run(cache or _default_cache(), out, decompose, progress=progress)
     render.report("demo", report, lambda: _show(report), json=json)
 
 

@@ -74,7 +74,7 @@ def _check_names(task: str, config: EvalConfig) -> None:
 
 
 def _check_gates(report: EvalReport | HarnessReport, config: EvalConfig) -> None:
-    from mpocli.methods.evaluate.run import check_gates
+    from mpocli.methods.evaluate.gates import check_gates
 
     missed = check_gates(report, config.fail_below, config.max_drop)
     if missed:

@@ -16,7 +16,8 @@ from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.activations import Batch
 from mpocli.hf.artifact import Checkpoint
-from mpocli.methods.data.task import model_vocabulary, positions, prepare
+from mpocli.methods.data.task import prepare
+from mpocli.methods.data.vocabulary import model_vocabulary, positions
 from mpocli.nn.logits import rows_at_once
 from mpocli.train.data.collate import collate
 from mpocli.train.data.text import read_text

@@ -12,12 +12,14 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
 from mpocli.io.manifest import ModuleEntry, MPOSpec
-from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan, why_larger
+from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
-from mpocli.methods.planner.fit_store import Solution
-from mpocli.methods.rewrite import Progress, Rewriting, Stored, stored_dtype
+from mpocli.methods.planner.fit_store import ChosenForm
+from mpocli.methods.rewrite import Rewriting, Stored, stored_dtype
+from mpocli.methods.site_choice import why_larger
 from mpocli.mpo import MPO, SiteShape, Truncation, compress, decompose, stored_error, symmetric_gauge
 from mpocli.mpo.linalg import cast, dtype_name
+from mpocli.progress import Progress
 
 
 class Decomposer:
@@ -56,8 +58,8 @@ class Decomposer:
             spec = _spec(weight, plan.sites, bonds)
             cores = {core: torch.empty(shape, dtype=dtype, device="meta") for core, shape in spec.core_shapes().items()}
             return Stored(cores, ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype)))
-        if plan.solution is not None:
-            return _solved(plan.solution, weight, dtype)
+        if plan.form is not None:
+            return _solved(plan.form, weight, dtype)
         if weight.entry is not None:
             return self._cut_again(weight, weight.entry, plan.truncation, dtype)
         return self._decomposed(weight, plan.sites, plan.truncation, dtype)
@@ -119,11 +121,11 @@ class Decomposer:
         return MPO(tuple(cast(core, dtype, name) for core, name in named), mpo.shape), mpo.center
 
 
-def _solved(solution: Solution, weight: Weight, dtype: torch.dtype) -> Stored:
+def _solved(form: ChosenForm, weight: Weight, dtype: torch.dtype) -> Stored:
     """The planner's cores, which are in the dtype of the output already."""
-    mpo = solution.mpo(weight.shape)
+    mpo = form.mpo(weight.shape)
     spec = _spec(weight, mpo.site_shape, mpo.bond_dims)
-    error = solution.relative_error
+    error = form.relative_error
     return _stored(mpo, ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype), relative_error=error))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,8 +12,9 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
 from mpocli.hf.targets import Weight
 from mpocli.io.manifest import MPOSpec
-from mpocli.methods.planner.fit_store import Solution
-from mpocli.mpo import SiteShape, Truncation, site_shape
+from mpocli.methods.planner.fit_store import ChosenForm
+from mpocli.methods.site_choice import sites_of, why_larger
+from mpocli.mpo import SiteShape, Truncation
 
 DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
 MPO_ALREADY = "is an MPO already"
@@ -24,7 +24,7 @@ MPO_ALREADY = "is an MPO already"
 class WeightPlan:
     """What is to be done with one weight: decompose it to `sites`, or keep it for `reason`.
 
-    `bonds` are decided for an MPO that is cut again; with a budget too, when `solution` holds the cores. Until then
+    `bonds` are decided for an MPO that is cut again; with a budget too, when `form` holds the cores. Until then
     `sites` only says that it may be decomposed.
     """
 
@@ -33,7 +33,7 @@ class WeightPlan:
     truncation: Truncation
     reason: str = ""
     bonds: tuple[int, ...] | None = None
-    solution: Solution | None = None
+    form: ChosenForm | None = None
 
 
 def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
@@ -97,18 +97,3 @@ def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec
     caps = tuple(bond if cap is None else min(bond, cap) for bond in spec.bond_dims[1:-1])
     bonds = spec.sites.capped_bond_dims(caps)
     return WeightPlan(weight, spec.sites, Truncation(bonds[1:-1], config.rel_tol), bonds=bonds)
-
-
-def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
-    """The sites that a `--shape` names for a weight, else the usual ones; raises what `check_fits` does."""
-    for glob, sites in reversed(shapes):  # the last word counts
-        if any(fnmatchcase(member.name, glob) for member in weight.members):
-            sites.check_fits(weight.shape, weight.name)
-            return sites
-    return site_shape(*weight.shape, number)
-
-
-def why_larger(size: int, weight: Weight) -> str:
-    """The reason to keep a weight whose MPO has `size` parameters; empty where that is no more than it has."""
-    dense = weight.dense_params
-    return f"an MPO would be larger ({size:,} > {dense:,} parameters)" if size > dense else ""

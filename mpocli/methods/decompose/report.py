@@ -57,7 +57,7 @@ def _report(
     entry = made or weight.entry
     params = entry.spec.params if entry else weight.dense_params
     reason = "" if made else kept.get(weight.name, plan.reason)
-    solution = plan.solution if made else None
+    form = plan.form if made else None
     cost = forward_cost(entry.spec) if entry else None
     error = entry.relative_error if entry else 0.0
     return ModuleReport(
@@ -68,15 +68,15 @@ def _report(
         shape=weight.shape,
         params=params,
         dense_params=weight.dense_params,
-        relative_error=solution.relative_error if solution and error is None else error,
+        relative_error=form.relative_error if form and error is None else error,
         out_dims=entry.spec.out_dims if entry else None,
         in_dims=entry.spec.in_dims if entry else None,
         bond_dims=entry.spec.bond_dims if entry else None,
         tied=tuple(member.name for member in weight.members[1:]),
         bytes=params * stored_dtype(weight.dtype, dtype).itemsize,
         dense_bytes=weight.dense_params * weight.dtype.itemsize,
-        form=solution.name if solution else None,
-        weighted_error=solution.weighted_error if solution else None,
+        form=form.name if form else None,
+        weighted_error=form.weighted_error if form else None,
         path=cost[0] if cost else None,
         macs=cost[1] if cost else None,
         cut_from=weight.entry.spec.bond_dims if made and weight.entry else None,

@@ -21,7 +21,7 @@ from mpocli.methods.decompose.plan import plan
 from mpocli.methods.decompose.report import ModuleReport, module_reports
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.planner.compare import Compared
-from mpocli.methods.rewrite import Progress
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mpocli.errors import InputError
 from mpocli.hf.routing import last_of
 from mpocli.hf.targets import Weight
-from mpocli.methods.skipped import Kept
+from mpocli.methods.skipped import Skipped
 
 # Everything up to the last number of a module's path: its layer, and in T5 its place in the layer.
 _LAYER = re.compile(r"(.*\.\d+)\.")
@@ -29,7 +29,7 @@ class Network:
         return (*self.first, self.last)
 
 
-def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
+def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Skipped]]:
     """The networks that the chosen matrices make up, in the model's order.
 
     Two or three matrices of a layer of which the last takes what the others make. Raises `InputError` where there is
@@ -39,14 +39,14 @@ def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
     found, kept = [], []
     for weight in weights:
         if weight.role not in ("ffn", None):
-            kept.append(Kept(weight.name, weight.role, f"its role is {weight.role}, and networks are ffn"))
+            kept.append(Skipped(weight.name, weight.role, f"its role is {weight.role}, and networks are ffn"))
             continue
         match = _LAYER.match(weight.name)
         layers.setdefault(match[1] if match else weight.name, []).append(weight)
     for layer, members in layers.items():
         reason = _why_not(members)
         if reason:
-            kept += [Kept(weight.name, weight.role, reason) for weight in members]
+            kept += [Skipped(weight.name, weight.role, reason) for weight in members]
         else:
             found.append(_network(layer, members))
     if not found:
@@ -56,8 +56,8 @@ def networks(weights: Sequence[Weight]) -> tuple[list[Network], list[Kept]]:
 
 
 def placed(
-    found: Sequence[Network], kept: Sequence[Kept], layouts: Mapping[str, str]
-) -> tuple[list[Network], list[Kept]]:
+    found: Sequence[Network], kept: Sequence[Skipped], layouts: Mapping[str, str]
+) -> tuple[list[Network], list[Skipped]]:
     """The networks whose inputs are tokens, and all that is kept. A router has to know which of its vectors are
     padding. Raises `InputError` where none is left."""
     left, others = [], list(kept)
@@ -67,7 +67,7 @@ def placed(
         if reason is None:
             left.append(network)
         else:
-            others += [Kept(weight.name, weight.role, reason) for weight in network.weights]
+            others += [Skipped(weight.name, weight.role, reason) for weight in network.weights]
     if not left:
         raise InputError(
             f"no feed-forward network to make experts of: {others[-1].name}: {others[-1].reason}",

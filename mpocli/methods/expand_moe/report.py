@@ -7,7 +7,7 @@ from typing import Any
 
 from mpocli.hf.targets import Weight
 from mpocli.io.manifest import ModuleEntry, Totals
-from mpocli.methods.skipped import Kept
+from mpocli.methods.skipped import Skipped
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ExpandReport:
     routing: dict[str, Any]
     networks: int
     modules: tuple[ExpertsReport, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[Skipped, ...]
     totals: Totals
     before: Totals
     router_params: int

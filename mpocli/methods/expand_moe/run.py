@@ -25,16 +25,17 @@ from mpocli.io.claim import writes_output
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.manifest import ModuleEntry, MPOSpec
 from mpocli.io.output import check_output, output_directory
-from mpocli.methods.decompose.plan import sites_of
 from mpocli.methods.expand_moe.plan import Network, networks, placed
 from mpocli.methods.expand_moe.report import ExpandReport, experts_report
 from mpocli.methods.inputs import paths_read
-from mpocli.methods.rewrite import Progress, Rewriting, Stored
-from mpocli.methods.skipped import Kept
+from mpocli.methods.rewrite import Rewriting, Stored
+from mpocli.methods.site_choice import sites_of
+from mpocli.methods.skipped import Skipped
 from mpocli.mpo import MPO, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router
 from mpocli.nn.experts import Place
+from mpocli.progress import Progress
 
 DEFAULT_ROLES = ("ffn",)
 DEFAULT_SITES = 5
@@ -92,7 +93,7 @@ def run(
     )
 
 
-def _chosen(checkpoint: Checkpoint, config: ExpandConfig) -> tuple[list[Network], list[Kept]]:
+def _chosen(checkpoint: Checkpoint, config: ExpandConfig) -> tuple[list[Network], list[Skipped]]:
     """The networks that the options choose, and what is kept."""
     chosen = select(
         checkpoint.survey.weights,
@@ -116,7 +117,9 @@ def _chosen(checkpoint: Checkpoint, config: ExpandConfig) -> tuple[list[Network]
     return found, kept
 
 
-def _placed(checkpoint: Checkpoint, found: list[Network], kept: list[Kept]) -> tuple[list[Network], list[Kept], bool]:
+def _placed(
+    checkpoint: Checkpoint, found: list[Network], kept: list[Skipped]
+) -> tuple[list[Network], list[Skipped], bool]:
     """The networks whose inputs are known to be tokens, what is kept, and whether the model has (length, batch)."""
     chunk = getattr(checkpoint.config, "chunk_size_feed_forward", 0)
     if chunk:

@@ -14,16 +14,17 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
-from mpocli.methods.data.task import evaluate
+from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.finetune import overparam, overparam_train
 from mpocli.methods.finetune.overparam import OverparamReport
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.fit import fit
 from mpocli.methods.training.routing import apply_routing, gradient_mask, router_report, traits
-from mpocli.methods.training.run import Progress, TrainingRun, load
+from mpocli.methods.training.run import TrainingRun, load
 from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.student import count_trainable, roles_of
 from mpocli.methods.training.teacher import distillation_of
+from mpocli.progress import Progress
 from mpocli.train.loop.best import KeepBest
 from mpocli.train.loop.trainer import METRICS, last_loss
 from mpocli.train.loop.updates import set_recompute, set_update

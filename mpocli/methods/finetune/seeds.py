@@ -16,7 +16,7 @@ from mpocli.io.output import check_output
 from mpocli.methods.finetune.overparam import OverparamReport
 from mpocli.methods.finetune.run import FinetuneReport, run
 from mpocli.methods.training.directory import training_directory
-from mpocli.methods.training.run import Progress
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)

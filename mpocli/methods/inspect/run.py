@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,7 @@ from mpocli.hf.metadata import Metadata, read_metadata
 from mpocli.hf.recorded import recorded
 from mpocli.io.manifest import MANIFEST, Manifest, MPOSpec, Totals
 from mpocli.io.stored import StoredTensors, stored_tensors
-
-Progress = Callable[[int, int, str], None]
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)

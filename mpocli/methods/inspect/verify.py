@@ -8,7 +8,7 @@ their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,8 +26,7 @@ from mpocli.io.json_file import read_json
 from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, read_manifest
 from mpocli.io.model_files import unlisted_files
 from mpocli.mpo import Truncation, canonical_defect, decompose, norm_squared, stored_error
-
-Progress = Callable[[int, int, str], None]
+from mpocli.progress import Progress
 
 # What nobody can tell from the files: where the model came from and what was done to it. Of these the base's digest
 # and the first input's are compared with each other, and all digests with the weights of `--base`.

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mpocli.hf.activations import Batch
 from mpocli.hf.targets import Weight
-from mpocli.methods.planner.divergence import Kept, divergence, is_layer, perplexity, replaced
-from mpocli.methods.planner.fit_store import Solution, Workshop
+from mpocli.methods.planner.divergence import RecordedOutputs, divergence, is_layer, perplexity, replaced
+from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo.candidates import papers
-from mpocli.mpo.fitting import Fitted, Subject
+from mpocli.mpo.fitting import Fitted, FittingProblem
 from mpocli.nn.evaluating import evaluating
+from mpocli.progress import Progress
 
 Made = tuple[Tensor, int]
 
@@ -38,46 +39,46 @@ class Compared:
 
 
 def compare(
-    shop: Workshop,
+    fits: FitStore,
     model: Any,
     weights: Sequence[Weight],
-    found: dict[str, Solution | str],
+    found: dict[str, ChosenForm | str],
     batches: Sequence[Batch],
     *,
     causal: bool,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Compared, ...]:
     """Every arm beside the plan gives each matrix the same ratio, so that all have its size or a little less.
 
     `model` is the dense one, and is so again afterwards; `batches` are the held-out samples, `causal` whether the model
     predicts next tokens. Tables and tied weights stay dense in all arms.
     """
-    solutions = {name: solution for name, solution in found.items() if isinstance(solution, Solution)}
-    planned = {weight.name: weight for weight in weights if weight.name in solutions and is_layer(weight)}
+    forms = {name: form for name, form in found.items() if isinstance(form, ChosenForm)}
+    planned = {weight.name: weight for weight in weights if weight.name in forms and is_layer(weight)}
     whole = sum(weight.dense_params for weight in planned.values())
-    size = sum(solutions[name].params for name in planned)
+    size = sum(forms[name].params for name in planned)
 
     def share(weight: Weight) -> int:
         return weight.dense_params * size // whole
 
     def plain_mpo(weight: Weight) -> Made:
-        subject = Subject(shop.subject(weight)[1].matrix)
-        return _made(subject.fitted_within(papers(*weight.shape, shop.sites), share(weight), 0), weight)
+        problem = FittingProblem(fits.problem(weight)[1].matrix)
+        return _made(problem.fitted_within(papers(*weight.shape, fits.sites), share(weight), 0), weight)
 
     def plain_svd(weight: Weight) -> Made:
-        return _made(Subject(shop.subject(weight)[1].matrix).svd_within(share(weight)), weight)
+        return _made(FittingProblem(fits.problem(weight)[1].matrix).svd_within(share(weight)), weight)
 
     def whitened_svd(weight: Weight) -> Made:
-        norm, subject = shop.subject(weight)
-        return _made(Subject(subject.matrix, shop.moved(norm.input_gram)).svd_within(share(weight)), weight)
+        norm, problem = fits.problem(weight)
+        return _made(FittingProblem(problem.matrix, fits.moved(norm.input_gram)).svd_within(share(weight)), weight)
 
     def plan(weight: Weight) -> Made:
-        solution = solutions[weight.name]
-        return solution.mpo(weight.shape).to(dtype=torch.float32).to_matrix(), solution.params
+        form = forms[weight.name]
+        return form.mpo(weight.shape).to(dtype=torch.float32).to_matrix(), form.params
 
     arms = {"plain MPO": plain_mpo, "plain SVD": plain_svd, "whitened SVD": whitened_svd, "the plan": plan}
-    with evaluating(model), TemporaryDirectory(dir=shop.folder.parent) as folder:
-        dense = Kept(model, batches, Path(folder))
+    with evaluating(model), TemporaryDirectory(dir=fits.folder.parent) as folder:
+        dense = RecordedOutputs(model, batches, Path(folder))
         _, losses = divergence(model, dense, causal=causal)
         results = [Compared("dense", whole, 0.0, perplexity(losses))]
         for number, (name, form) in enumerate(arms.items()):

@@ -63,7 +63,7 @@ def outputs(model: Any, batch: Batch) -> Outputs:
     return Outputs(torch.stack(alike, -1), False, batch)
 
 
-class Kept:
+class RecordedOutputs:
     """A model's outputs on some batches, on disk between uses: logits over a vocabulary would fill the memory."""
 
     def __init__(self, model: Any, batches: Sequence[Batch], folder: Path) -> None:

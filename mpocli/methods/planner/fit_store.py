@@ -17,7 +17,7 @@ from mpocli.hf.targets import Weight
 from mpocli.methods.planner.norms import Norm, Norms
 from mpocli.mpo import MPO, SiteShape
 from mpocli.mpo.candidates import Candidate, all_of, papers
-from mpocli.mpo.fitting import Fitted, Subject
+from mpocli.mpo.fitting import Fitted, FittingProblem
 from mpocli.mpo.linalg import cast, check_finite, working_dtype
 from mpocli.mpo.weighted import weighted_square
 
@@ -26,7 +26,7 @@ _VOCABULARY = 8192
 
 
 @dataclass(frozen=True)
-class Solution:
+class ChosenForm:
     """The form chosen for one weight: its shape's name, bonds, and the file with its cores.
 
     Errors are of what is stored: `relative_error` = ‖D‖_F / ‖W‖_F, and `weighted_error` = sqrt(tr(D G Dᵀ) / tr(W G Wᵀ))
@@ -53,7 +53,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class FitStore:
     """Reads a weight with its norm, and keeps what was made of it in `folder`, in the dtype of the output.
 
     `sensitivity` multiplies what the errors of a weight add up to.
@@ -68,7 +68,7 @@ class Workshop:
     sites: int = 5
     sensitivity: dict[str, float] = field(default_factory=dict)
 
-    def subject(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, Subject]:
+    def problem(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, FittingProblem]:
         """A weight and the norm that it is judged in: the planner's, or that of its inputs alone.
 
         Raises `InputError` for a weight that is not finite.
@@ -81,13 +81,13 @@ class Workshop:
             norm = replace(norm, gram=norm.input_gram, output=None, unmeasured="")
         return norm, self._in(norm, matrix)
 
-    def _in(self, norm: Norm, matrix: Tensor) -> Subject:
-        return Subject(matrix, self.moved(norm.gram), self.moved(norm.output))
+    def _in(self, norm: Norm, matrix: Tensor) -> FittingProblem:
+        return FittingProblem(matrix, self.moved(norm.gram), self.moved(norm.output))
 
     def moved(self, square: Tensor | None) -> Tensor | None:
         return None if square is None else square.to(self.device, working_dtype(self.device))
 
-    def scale(self, weight: Weight, norm: Norm, subject: Subject) -> float:
+    def scale(self, weight: Weight, norm: Norm, problem: FittingProblem) -> float:
         """Turns a squared error into what is added up: a share of the loss, or of what the matrix puts out.
 
         Where nothing says how much an output counts, every parameter does the same: of relative errors alone those of
@@ -96,7 +96,7 @@ class Workshop:
         factor = self.sensitivity.get(weight.name, 1.0)
         if self.budget.probes:
             return factor * norm.scale
-        total = weighted_square(subject.wide, subject.gram)
+        total = weighted_square(problem.wide, problem.gram)
         return factor * weight.dense_params / total if total else factor
 
     def chains(self, weight: Weight) -> Sequence[Candidate]:
@@ -115,36 +115,36 @@ class Workshop:
         wanted: torch.dtype = getattr(torch, self.dtype) if self.dtype else weight.dtype
         return wanted
 
-    def keep(self, weight: Weight, made: Fitted, norm: Norm, subject: Subject) -> Solution:
+    def keep(self, weight: Weight, made: Fitted, norm: Norm, problem: FittingProblem) -> ChosenForm:
         """Put the cores on disk as they will be stored, and measure their error."""
         dtype, name = self.stored_dtype(weight), weight.name
         cores = [cast(core, dtype, f"{name}.core_{k}") for k, core in enumerate(made.mpo.cores)]
         stored = MPO(tuple(cores), made.mpo.shape)
-        difference = subject.wide - stored.to(dtype=subject.wide.dtype).to_matrix()
+        difference = problem.wide - stored.to(dtype=problem.wide.dtype).to_matrix()
         path = self.folder / f"{name}.safetensors"
         save_file({f"core_{k}": core.cpu().contiguous() for k, core in enumerate(cores)}, path)
         gram = self.moved(norm.input_gram)
-        return Solution(
+        return ChosenForm(
             name=made.candidate.name,
             sites=made.mpo.site_shape,
             bonds=made.mpo.bond_dims,
             path=path,
-            relative_error=_relative(difference, subject.wide, None),
-            weighted_error=None if gram is None else _relative(difference, subject.wide, gram),
-            loss=self.scale(weight, norm, subject) * made.loss,
+            relative_error=_relative(difference, problem.wide, None),
+            weighted_error=None if gram is None else _relative(difference, problem.wide, gram),
+            loss=self.scale(weight, norm, problem) * made.loss,
         )
 
-    def refitted(self, weight: Weight, norm: Norm, solution: Solution) -> Solution:
+    def refitted(self, weight: Weight, norm: Norm, form: ChosenForm) -> ChosenForm:
         """The same shape and bonds, fitted in another norm."""
-        _, plain = self.subject(weight)
-        subject = self._in(norm, plain.matrix)
-        if solution.name == "svd":
-            made = subject.svd_within(solution.params)
+        _, plain = self.problem(weight)
+        problem = self._in(norm, plain.matrix)
+        if form.name == "svd":
+            made = problem.svd_within(form.params)
         else:
-            candidate = Candidate(solution.name, solution.sites)
-            made = subject.fitted(candidate, solution.bonds, self.budget.sweeps)
+            candidate = Candidate(form.name, form.sites)
+            made = problem.fitted(candidate, form.bonds, self.budget.sweeps)
         assert made is not None
-        return self.keep(weight, made, norm, subject)
+        return self.keep(weight, made, norm, problem)
 
 
 def _relative(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:

@@ -20,6 +20,7 @@ from mpocli.hf.probe import Probe
 from mpocli.hf.targets import Weight
 from mpocli.methods.data.calibration import fed
 from mpocli.mpo.gram import FLOOR, regularised
+from mpocli.progress import StepProgress
 
 # With weights on both sides, errors find the directions that count least in both, where the errors of other layers
 # arrive and what follows is no longer quadratic: that much of both matrices is replaced by the identity. Without it
@@ -135,7 +136,7 @@ def measure(
     folder: Path,
     device: torch.device,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[Norms, Any]:
     """The norms of the chosen weights, and the model in evaluation mode, in float32.
 

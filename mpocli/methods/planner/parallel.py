@@ -15,7 +15,7 @@ Job = TypeVar("Job")
 _MOST = 4
 
 
-def side_by_side(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Callable[[Job], bool]) -> Iterator[Job]:
+def run_parallel(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Callable[[Job], bool]) -> Iterator[Job]:
     """Do all jobs, and give each of them back before it is waited for, those that run `alone` first.
 
     Factorisations of a few hundred rows gain nothing from a second thread, and one after another they leave all cores

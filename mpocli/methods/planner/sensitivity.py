@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +15,10 @@ from mpocli.hf.activations import Batch
 from mpocli.hf.targets import Weight
 from mpocli.io.files import OutputFile
 from mpocli.io.readable import is_there, why_unreadable
-from mpocli.methods.planner.divergence import Kept, divergence, is_layer, replaced
-from mpocli.methods.planner.fit_store import Workshop
+from mpocli.methods.planner.divergence import RecordedOutputs, divergence, is_layer, replaced
+from mpocli.methods.planner.fit_store import FitStore
 from mpocli.nn.evaluating import evaluating
+from mpocli.progress import Progress
 
 # The size, as a part of a matrix, at which its SVD is measured.
 _SIZE = 0.25
@@ -28,11 +29,11 @@ _LEAST, _MOST = 0.05, 20.0
 def sensitivities(
     path: Path,
     identity: dict[str, Any],
-    shop: Workshop,
+    fits: FitStore,
     model: Any,
     weights: Sequence[Weight],
     batches: Sequence[Batch],
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measured over predicted loss of every matrix that is one module's own, when it alone is truncated.
 
@@ -41,17 +42,17 @@ def sensitivities(
     """
     known = _read(path, identity)
     missing = [weight for weight in weights if is_layer(weight) and weight.name not in known]
-    with evaluating(model), TemporaryDirectory(dir=shop.folder.parent) as folder:
-        dense = Kept(model, batches if missing else (), Path(folder))
+    with evaluating(model), TemporaryDirectory(dir=fits.folder.parent) as folder:
+        dense = RecordedOutputs(model, batches if missing else (), Path(folder))
         for number, weight in enumerate(missing):
             if progress:
                 progress(number, len(missing), f"truncating {weight.name} alone")
-            norm, subject = shop.subject(weight)
-            made = subject.svd_within(int(_SIZE * subject.dense))
+            norm, problem = fits.problem(weight)
+            made = problem.svd_within(int(_SIZE * problem.dense))
             if norm.unmeasured or made is None:
                 continue
             measured = _divergence_with(model, weight, made.mpo.to_matrix(), dense)
-            predicted = shop.scale(weight, norm, subject) * made.loss
+            predicted = fits.scale(weight, norm, problem) * made.loss
             # Of errors at round-off level the quotient means nothing.
             known[weight.name] = min(max(measured / predicted, _LEAST), _MOST) if predicted > 0.0 else 1.0
             # After each, so that a run that is stopped has lost one matrix.
@@ -59,7 +60,7 @@ def sensitivities(
     return known
 
 
-def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: Kept) -> float:
+def _divergence_with(model: Any, weight: Weight, matrix: Tensor, dense: RecordedOutputs) -> float:
     """Of a model in which this one matrix is replaced."""
     with replaced(model, {weight.name: weight}, lambda _: matrix):
         return divergence(model, dense)[0]

@@ -16,10 +16,9 @@ from mpocli.methods.data.calibration import calibration_batches, fed
 from mpocli.methods.sparsify.plan import Target
 from mpocli.mpo.linalg import check_finite
 from mpocli.nn import MPOModule
+from mpocli.progress import Progress
 from mpocli.sparse import rowwise_mask
 from mpocli.sparse.one_shot import core_gram, sparsegpt, wanda_scores
-
-Progress = Callable[[int, int, str], None]
 
 
 def prune_by_activations(

@@ -13,7 +13,7 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
 from mpocli.hf.targets import Weight
-from mpocli.methods.skipped import Kept
+from mpocli.methods.skipped import Skipped
 from mpocli.nn.masked import Layout
 
 
@@ -54,7 +54,7 @@ class Target:
         return (matrix.T if self.layout == "transposed" else matrix).reshape(self.shape).contiguous()
 
 
-def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], list[Kept]]:
+def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], list[Skipped]]:
     """What is pruned and what is not. Raises `InputError` where nothing is left, or a glob matches nothing."""
     chosen = select(
         checkpoint.survey.weights,
@@ -69,7 +69,7 @@ def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], 
         if target is not None:
             targets.append(target)
         else:
-            kept.append(Kept(weight.name, weight.role, reason))
+            kept.append(Skipped(weight.name, weight.role, reason))
     if not targets:
         roles = ",".join(config.layers or DEFAULT_ROLES)
         why = f": {kept[0].name}: {kept[0].reason}" if kept else f" among {roles}"

@@ -15,10 +15,11 @@ from mpocli.hf.loading import load_tokenizer
 from mpocli.io.claim import writes_output
 from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
-from mpocli.methods.data.task import check_trained_head, evaluate, prepare
+from mpocli.methods.data.scoring import evaluate
+from mpocli.methods.data.task import check_trained_head, prepare
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
-from mpocli.methods.skipped import Kept
+from mpocli.methods.skipped import Skipped
 from mpocli.methods.sparsify import train as sparsify_train
 from mpocli.methods.sparsify.calibrated import prune_by_activations
 from mpocli.methods.sparsify.plan import plan
@@ -26,8 +27,7 @@ from mpocli.methods.sparsify.write import SparseTensor, add_metrics, given_prune
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.run import load
 from mpocli.methods.training.student import load_student
-
-Progress = Callable[[int, int, str], None]
+from mpocli.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SparsifyReport:
     entries: int
     model_zeros: int
     tensors: tuple[SparseTensor, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[Skipped, ...]
     totals_before: Totals
     totals: Totals
     bytes_expected: int
@@ -179,7 +179,7 @@ def _report(
     config: SparsifyConfig,
     checkpoint: Checkpoint,
     tensors: tuple[SparseTensor, ...],
-    kept: tuple[Kept, ...],
+    kept: tuple[Skipped, ...],
     totals: Totals,
 ) -> SparsifyReport:
     zeros, entries = sum(t.zeros for t in tensors), sum(t.entries for t in tensors)

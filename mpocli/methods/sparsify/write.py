@@ -15,9 +15,10 @@ from mpocli.hf.targets import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import MANIFEST, Manifest, Totals
-from mpocli.methods.rewrite import Progress, Rewriting, Stored, as_stored
+from mpocli.methods.rewrite import Rewriting, Stored, as_stored
 from mpocli.methods.sparsify.plan import Target
 from mpocli.mpo.linalg import check_finite
+from mpocli.progress import Progress
 from mpocli.sparse import global_masks, zeros_in
 
 

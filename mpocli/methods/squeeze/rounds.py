@@ -17,7 +17,7 @@ from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.hf.stored import rounded, stored_dtypes
 from mpocli.io.manifest import Totals
-from mpocli.methods.data.task import evaluate
+from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.squeeze.choice import Bond, Spectra, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze.state import Cut, Progressed, RoundRecord, save_round
 from mpocli.methods.training.fit import fit
@@ -26,6 +26,7 @@ from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.student import roles_of
 from mpocli.mpo import MPO, BondCut, cut_bond, stored_error
 from mpocli.nn import MPOModule
+from mpocli.progress import Progress
 from mpocli.train.importance import mean_loss
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
 from mpocli.train.loop.processes import on_first
@@ -42,7 +43,7 @@ _SEGMENT = "segment"
 class Watch:
     """Who is told: `step` of (done, total, line) within a round, `round` of every finished one and the main metric."""
 
-    step: Callable[[int, int, str], None] | None = None
+    step: Progress | None = None
     round: Callable[[RoundRecord, str], None] | None = None
 
 

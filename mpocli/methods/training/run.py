@@ -18,15 +18,15 @@ from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
 from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
-from mpocli.methods.data.task import TaskData, check_trained_head, evaluate, prepare
+from mpocli.methods.data.scoring import evaluate
+from mpocli.methods.data.task import TaskData, check_trained_head, prepare
 from mpocli.methods.training.begin import RunSetup
 from mpocli.methods.training.directory import reports_beside, run_directory
 from mpocli.methods.training.schedule import Counted, steps_of
 from mpocli.methods.training.student import check_finite, load_student
+from mpocli.progress import Progress
 from mpocli.train.loop.processes import on_first, set_seed
 from mpocli.train.loop.trainer import METRICS
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

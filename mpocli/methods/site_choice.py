@@ -1,0 +1,24 @@
+"""The site shape that a weight gets where no planner chooses one, and whether an MPO of it is worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from mpocli.hf.targets import Weight
+from mpocli.mpo import SiteShape, site_shape
+
+
+def sites_of(weight: Weight, shapes: Sequence[tuple[str, SiteShape]], number: int) -> SiteShape:
+    """The sites that a `--shape` names for a weight, else the usual ones; raises what `check_fits` does."""
+    for glob, sites in reversed(shapes):  # the last word counts
+        if any(fnmatchcase(member.name, glob) for member in weight.members):
+            sites.check_fits(weight.shape, weight.name)
+            return sites
+    return site_shape(*weight.shape, number)
+
+
+def why_larger(size: int, weight: Weight) -> str:
+    """The reason to keep a weight whose MPO has `size` parameters; empty where that is no more than it has."""
+    dense = weight.dense_params
+    return f"an MPO would be larger ({size:,} > {dense:,} parameters)" if size > dense else ""
