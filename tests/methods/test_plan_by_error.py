@@ -28,7 +28,7 @@ class Fits(FitStore):
     matrix: Tensor | None = None
     gram: Tensor | None = None
 
-    def subject(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, FittingProblem]:
+    def problem(self, weight: Weight, *, by_inputs: bool = False) -> tuple[Norm, FittingProblem]:
         assert self.matrix is not None
         return Norm(self.gram, inputs=lambda: self.gram), FittingProblem(self.matrix, self.gram)
 
