@@ -13,10 +13,10 @@ from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.config import class_name
 from mpocli.train.data.encode import Encoded, encode
-from mpocli.train.data.windows import Windows, lm_windows
 from mpocli.train.data.examples import Examples, read_examples, references
 from mpocli.train.data.text import read_text
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.data.windows import Windows, lm_windows
 from mpocli.train.models import Family
 
 
