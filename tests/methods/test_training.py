@@ -21,7 +21,7 @@ from mpocli.methods.training.begin import begin
 from mpocli.methods.training.fit import fit
 from mpocli.methods.training.run import TrainingRun, Written, load
 from mpocli.methods.training.schedule import warmed_up
-from mpocli.train.loop.trainer import METRICS
+from mpocli.train.loop.metrics_file import METRICS
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.mpo import SiteShape
 from mpocli.nn import MPOExperts
 from mpocli.train.data.collate import collate
+from mpocli.train.loop.checkpoints import last_checkpoint
 from mpocli.train.loop.gradient_mask import GradientMask
-from mpocli.train.loop.trainer import Schedule, SegmentTrainer, last_checkpoint, train_segment
+from mpocli.train.loop.schedule import Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.trainer import SegmentTrainer
 from mpocli.train.loop.updates import roles
 
 CPU = torch.device("cpu")

@@ -12,7 +12,9 @@ import transformers as tf
 from mpocli.config.optimisation import Optimisation
 from mpocli.train.data.collate import collate
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
-from mpocli.train.loop.trainer import Place, Schedule, SegmentTrainer, train_segment
+from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.trainer import SegmentTrainer
 
 NAMES = [f"bert.encoder.layer.{k}.{part}.weight" for k in (0, 1) for part in ("attention.self.value", "output.dense")]
 

@@ -16,7 +16,10 @@ from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import cut_bond
 from mpocli.train.data.collate import collate
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
-from mpocli.train.loop.trainer import ByLength, Place, Schedule, SegmentTrainer, Stretch, train_segment
+from mpocli.train.loop.sampler import ByLength, Stretch
+from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.trainer import SegmentTrainer
 from mpocli.train.loop.updates import set_update
 
 NAME = "bert.encoder.layer.0.attention.self.query"

@@ -21,7 +21,10 @@ from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.data.vocabulary import Vocabulary
 from mpocli.train.evaluate.predict import mask_tokens
 from mpocli.train.loop.distill import Distillation
-from mpocli.train.loop.trainer import ByLength, Schedule, SegmentTrainer, check_report_to
+from mpocli.train.loop.report_to import check_report_to
+from mpocli.train.loop.sampler import ByLength
+from mpocli.train.loop.schedule import Schedule
+from mpocli.train.loop.trainer import SegmentTrainer
 from mpocli.train.loop.updates import set_update
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{k}" for k in range(40))]

@@ -15,7 +15,9 @@ from torch import Tensor
 from mpocli.config.optimisation import Optimisation
 from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.evaluate.predictions import shifts_labels
-from mpocli.train.loop.trainer import Schedule, SegmentTrainer, train_segment
+from mpocli.train.loop.schedule import Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.trainer import SegmentTrainer
 
 CALM: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 STILL: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

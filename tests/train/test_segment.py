@@ -22,16 +22,14 @@ from mpocli.methods.decompose import run as decompose
 from mpocli.nn import MPOModule, logits
 from mpocli.train.data.collate import collate
 from mpocli.train.loop.best import KeepBest
+from mpocli.train.loop.checkpoints import last_checkpoint
 from mpocli.train.loop.distill import Distillation, hidden_loss, soft_loss
-from mpocli.train.loop.trainer import (
-    ByLength,
-    MetricsFile,
-    Schedule,
-    SegmentTrainer,
-    check_report_to,
-    last_checkpoint,
-    train_segment,
-)
+from mpocli.train.loop.metrics_file import MetricsFile
+from mpocli.train.loop.report_to import check_report_to
+from mpocli.train.loop.sampler import ByLength
+from mpocli.train.loop.schedule import Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.trainer import SegmentTrainer
 from mpocli.train.loop.updates import parameter_groups, roles, set_update
 
 CPU = torch.device("cpu")

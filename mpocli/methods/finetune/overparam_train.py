@@ -36,7 +36,7 @@ from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
 from mpocli.train.loop.distill import Distillation
 from mpocli.train.loop.optimizer_state import Moments, expand_moments, take_moments
 from mpocli.train.loop.processes import on_first
-from mpocli.train.loop.trainer import Place
+from mpocli.train.loop.schedule import Place
 from mpocli.train.models import vocabulary_of
 
 _SEGMENT, _SCORING = "segment", "scoring"

@@ -26,7 +26,7 @@ from mpocli.methods.training.student import count_trainable, roles_of
 from mpocli.methods.training.teacher import distillation_of
 from mpocli.progress import Progress
 from mpocli.train.loop.best import KeepBest
-from mpocli.train.loop.trainer import METRICS, last_loss
+from mpocli.train.loop.metrics_file import METRICS, last_loss
 from mpocli.train.loop.updates import set_recompute, set_update
 
 

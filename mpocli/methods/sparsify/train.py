@@ -24,7 +24,7 @@ from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.teacher import distillation_of
 from mpocli.nn import MPOModule
 from mpocli.nn.masked import MaskedWeight
-from mpocli.train.loop.trainer import METRICS
+from mpocli.train.loop.metrics_file import METRICS
 from mpocli.train.sparse.masks import Place, SparsitySteps, fold_masks, put_masks, train_only
 
 

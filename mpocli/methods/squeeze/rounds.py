@@ -30,7 +30,7 @@ from mpocli.progress import Progress
 from mpocli.train.importance import mean_loss
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
 from mpocli.train.loop.processes import on_first
-from mpocli.train.loop.trainer import Place, Schedule
+from mpocli.train.loop.schedule import Place, Schedule
 
 # Batches of training data on which `--order sensitivity` measures the loss.
 SENSITIVITY_BATCHES = 2

@@ -20,8 +20,9 @@ from mpocli.io.output import check_output
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.training.directory import RECORD, reports_directory, training_directory
+from mpocli.train.loop.checkpoints import last_checkpoint
 from mpocli.train.loop.processes import processes
-from mpocli.train.loop.trainer import check_report_to, last_checkpoint
+from mpocli.train.loop.report_to import check_report_to
 
 # What stood at the output when a run began, which is all that it may replace.
 _REPLACES = "replaces"

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpocli.methods.training.run import TrainingRun
-from mpocli.train.loop.trainer import (
-    METRICS,
-    MetricsFile,
-    Schedule,
-    SegmentTrainer,
-    Steps,
-    last_checkpoint,
-    train_segment,
-)
+from mpocli.train.loop.checkpoints import last_checkpoint
+from mpocli.train.loop.metrics_file import METRICS, MetricsFile
+from mpocli.train.loop.schedule import Schedule
+from mpocli.train.loop.segment import train_segment
+from mpocli.train.loop.steps import Steps
+from mpocli.train.loop.trainer import SegmentTrainer
 
 
 def fit(

@@ -25,8 +25,8 @@ from mpocli.methods.training.directory import reports_beside, run_directory
 from mpocli.methods.training.schedule import Counted, steps_of
 from mpocli.methods.training.student import check_finite, load_student
 from mpocli.progress import Progress
+from mpocli.train.loop.metrics_file import METRICS
 from mpocli.train.loop.processes import on_first, set_seed
-from mpocli.train.loop.trainer import METRICS
 
 
 @dataclass(frozen=True)

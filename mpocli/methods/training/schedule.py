@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.loop.trainer import Schedule
+from mpocli.train.loop.schedule import Schedule
 
 
 class Counted(Protocol):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.io.claim import discard
+from mpocli.train.loop.checkpoints import last_checkpoint
 from mpocli.train.loop.optimizer_state import Moments
 from mpocli.train.loop.processes import wait_for_everyone
-from mpocli.train.loop.trainer import last_checkpoint
 
 _STATE = "state-"
 _PARTIAL = ".partial"
