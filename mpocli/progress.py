@@ -6,3 +6,4 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int, str], None]  # items done, items in all, and the one that is worked on now
 StepProgress = Callable[[int, int], None]  # the same where the caller knows what is worked on
+StageProgress = Callable[[str, int, int], None]  # the stage that is under way, its items done and its items in all

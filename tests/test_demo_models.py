@@ -17,8 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from mpocli.errors import InputError
+from mpocli.train.demo import docstrings, training
 from mpocli.train.demo import models as demo_models
-from mpocli.train.demo.models import build_demo_models, evaluate_causal, evaluate_masked, read_docstrings
+from mpocli.train.demo.docstrings import read_docstrings
+from mpocli.train.demo.models import build_demo_models
+from mpocli.train.demo.perplexity import evaluate_causal, evaluate_masked
+from mpocli.train.demo.settings import Settings
+from mpocli.train.demo.tokenizers import bytepair_tokenizer, wordpiece_tokenizer
 
 Build = Callable[..., demo_models.DemoModels]
 
@@ -26,9 +31,9 @@ Build = Callable[..., demo_models.DemoModels]
 @pytest.fixture(scope="module")
 def documents() -> list[list[str]]:
     """Some of the library's docstrings, read once."""
-    sources = list(itertools.islice(demo_models._sources(Path(sysconfig.get_path("stdlib"))), 90))
+    sources = list(itertools.islice(docstrings.source_files(Path(sysconfig.get_path("stdlib"))), 90))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_models, "_sources", lambda root: sources)
+        patch.setattr(docstrings, "source_files", lambda root: sources)
         return read_docstrings(lambda *step: None)
 
 
@@ -116,7 +121,7 @@ def test_a_training_that_fails_stops_the_other(build: Build, tmp_path: Path, mon
     def fail(*args: Any) -> None:
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(demo_models, "_choose", fail)  # only BERT's training masks
+    monkeypatch.setattr(training, "choose_masked", fail)  # only BERT's training masks
     with pytest.raises(RuntimeError, match="no more memory"):
         build(tmp_path / "demo", steps=100_000)
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +157,7 @@ def test_a_damaged_cache_is_made_again_and_foreign_files_are_kept(build: Build, 
 
 
 def test_no_sources_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpocli.train.demo.models.sysconfig.get_path", lambda name: str(tmp_path / "lib.zip"))
+    monkeypatch.setattr("mpocli.train.demo.docstrings.sysconfig.get_path", lambda name: str(tmp_path / "lib.zip"))
     with pytest.raises(InputError, match="0 source files") as caught:
         build_demo_models(tmp_path / "demo")
     assert caught.value.hint
@@ -165,9 +170,9 @@ def test_sources_that_do_not_parse_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "binary.py").write_bytes(b'"""\xff\x00"""')
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text('"""A test."""')
-    files = list(demo_models._sources(tmp_path))
+    files = list(docstrings.source_files(tmp_path))
     assert [file.name for file in files] == ["binary.py", "broken.py", "good.py"]
-    assert [list(filter(None, demo_models._docstrings(file))) for file in files] == [
+    assert [list(filter(None, docstrings.docstrings_of(file))) for file in files] == [
         [],
         [],
         ["A module\nof words.", "A class."],
@@ -190,8 +195,8 @@ class Uniform(torch.nn.Module):
 
 def test_perplexity_of_a_model_that_knows_nothing(documents: list[list[str]]) -> None:
     texts = [text for document in documents for text in document]
-    settings = demo_models.Settings()
-    wordpiece, bytepair = demo_models._wordpiece(texts, settings), demo_models._bytepair(texts, settings)
+    settings = Settings()
+    wordpiece, bytepair = wordpiece_tokenizer(texts, settings), bytepair_tokenizer(texts, settings)
     for evaluate, tokenizer in ((evaluate_masked, wordpiece), (evaluate_causal, bytepair)):
         model = Uniform(len(tokenizer)).train()
         assert math.isclose(evaluate(model, tokenizer, texts, max_tokens=1000), len(tokenizer), rel_tol=1e-5)

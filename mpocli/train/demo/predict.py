@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from mpocli.train.demo.models import evaluate_causal, evaluate_masked
+from mpocli.train.demo.perplexity import evaluate_causal, evaluate_masked
 
 
 @dataclass(frozen=True)

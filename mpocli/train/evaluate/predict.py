@@ -17,6 +17,7 @@ from mpocli.errors import InputError, NumericsError
 from mpocli.hf.foreign import foreign
 from mpocli.nn.evaluating import evaluating
 from mpocli.nn.logits import rows_at_once, slices
+from mpocli.progress import StepProgress
 from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.data.vocabulary import Vocabulary
 from mpocli.train.data.windows import Windows
@@ -57,9 +58,6 @@ class Run:
         return list((self.scores.argmax(-1) if self.scores.dim() == 2 else self.scores).tolist())
 
 
-Progress = Callable[[int, int], None]
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
@@ -73,7 +71,7 @@ def run_examples(
     *,
     batch_size: int = 32,
     precision: str = "fp32",
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Run:
     """Classify or score every example. Batches are of similar length; results come in the examples' order."""
     run = Run(samples=len(features))
@@ -105,7 +103,7 @@ def run_generation(
     batch_size: int = 32,
     max_new_tokens: int = 96,
     precision: str = "fp32",
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Run:
     """Write a text for every source, greedily. A decoder-only model's sources are padded on the left."""
     run = Run(samples=len(features))
@@ -144,7 +142,7 @@ def run_windows(
     *,
     batch_size: int = 8,
     precision: str = "fp32",
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Run:
     """Sum −ln p over the tokens of a text: every next one for a causal model, a seeded 15 % for a masked one."""
     run = Run(samples=len(windows.ids), words=windows.words)
@@ -167,7 +165,7 @@ def window_logits(
     batch_size: int = 8,
     precision: str = "fp32",
     width: int | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a model predicts of a text part by part: logits (tokens, V) in float32 and the tokens that stand there.
 
