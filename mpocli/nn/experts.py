@@ -1,8 +1,8 @@
-"""Linear layers of a mixture of experts: the first and the last ones of a feed-forward network, around its own code."""
+"""Linear layers of a mixture of experts whose weights are MPOs, with a core in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,15 +15,12 @@ from mpocli.mpo.contract import to_dense
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.shape import SiteShape
 from mpocli.nn.cores import MPOModule
+from mpocli.nn.dense_experts import DenseExperts, add_noise, load_bias
+from mpocli.nn.dispatch import Kind, Place, dispatch, dispatch_traced, linear_by_expert
 from mpocli.nn.experts_contract import apply_chain, choose_way, join_sides, rebuild
 from mpocli.nn.router import Router, Routing
 
-# `in`: routes its input and returns what each token's experts make of it; `out`: takes that and sums it with the gates.
-Place = Literal["in", "out"]
 Share = Literal["central", "none"]
-Kind = Literal["linear", "conv1d"]
-# (rows of the routed experts one after another, the routing) → the product with their weights, bias added.
-Multiply = Callable[[Tensor, Routing], Tensor]
 
 
 class MPOExperts(MPOModule):
@@ -80,7 +77,7 @@ class MPOExperts(MPOModule):
         options: dict[str, Any] = {"experts": experts, "place": place, "share": share, "kind": kind}
         layer = cls(mpo.shape, mpo.site_shape, mpo.bond_dims, bias=bias is not None, dtype=dtype, **options)
         layer.load_mpo(mpo)
-        _load_bias(layer.bias, bias)
+        load_bias(layer.bias, bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ class MPOExperts(MPOModule):
         layer = DenseExperts(self.shape, bias=self.bias is not None, **options, **like)
         for expert in range(self.experts):
             layer.weight[expert] = self.weight_matrix(expert)
-        _load_bias(layer.bias, self.bias)
+        load_bias(layer.bias, self.bias)
         return layer.train(self.training)
 
     def load_mpo(self, mpo: MPO) -> None:
@@ -159,7 +156,7 @@ class MPOExperts(MPOModule):
         """Break the symmetry of equal experts: Gaussian noise on the auxiliary cores, `std` times a core's root mean
         square."""
         for core in self.auxiliary_parameters():
-            _add_noise(core, std, generator)
+            add_noise(core, std, generator)
 
     def _multiply(self, rows: Tensor, routing: Routing) -> Tensor:
         way = choose_way(rows.shape[0], len(routing.routed), self.sites, self.bond_dims)
@@ -177,7 +174,7 @@ class MPOExperts(MPOModule):
     def _rebuilt(self, rows: Tensor, routing: Routing, near: Literal["left", "right"], *cores: Tensor) -> Tensor:
         # The cores come in as arguments: a recomputation must see the same ones.
         weights = rebuild(join_sides(self._routed(routing, cores), near))[:, : self.shape[0], : self.shape[1]]
-        return _linear_by_expert(rows, weights.unbind(0), self.bias, routing.counts)
+        return linear_by_expert(rows, weights.unbind(0), self.bias, routing.counts)
 
     def _routed(self, routing: Routing, cores: Sequence[Tensor]) -> list[Tensor]:
         """The cores of the routed experts only."""
@@ -188,140 +185,3 @@ class MPOExperts(MPOModule):
 
     def extra_repr(self) -> str:
         return f"{self.experts} experts of {super().extra_repr()}, {self.place}, shared: {self.share}"
-
-
-class DenseExperts(nn.Module):
-    """The O×I weights of n experts of one linear layer, (n, O, I), with a bias in common: what `MPOExperts` is
-    compared with, and becomes by merging. O×I for both kinds."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        *,
-        experts: int,
-        place: Place,
-        bias: bool = True,
-        kind: Kind = "linear",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.shape, self.experts, self.place, self.kind = shape, experts, place, kind
-        self.out_features, self.in_features = shape
-        self.weight = nn.Parameter(torch.empty(experts, *shape, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
-        self.router: Router | None = None
-
-    @classmethod
-    def from_matrix(
-        cls,
-        matrix: Tensor,
-        bias: Tensor | None = None,
-        *,
-        experts: int,
-        place: Place,
-        kind: Kind = "linear",
-        dtype: torch.dtype | None = None,
-    ) -> DenseExperts:
-        """n equal experts of an O×I matrix."""
-        shape = (matrix.shape[0], matrix.shape[1])
-        dtype = dtype or torch.get_default_dtype()
-        layer = cls(shape, experts=experts, place=place, bias=bias is not None, kind=kind, dtype=dtype)
-        with torch.no_grad():
-            layer.weight.copy_(matrix)
-        _load_bias(layer.bias, bias)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return dispatch_traced(x, self)
-        return dispatch(x, self.router, self.place, self.out_features, self._multiply)
-
-    def weight_matrix(self, expert: int) -> Tensor:
-        return self.weight[expert]
-
-    @torch.no_grad()
-    def perturb(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Gaussian noise, `std` times the root mean square of all weights."""
-        _add_noise(self.weight, std, generator)
-
-    def _multiply(self, rows: Tensor, routing: Routing) -> Tensor:
-        weights = self.weight.unbind(0)
-        return _linear_by_expert(rows, [weights[expert] for expert in routing.routed], self.bias, routing.counts)
-
-    def extra_repr(self) -> str:
-        return f"{self.experts} experts of {self.shape[0]}x{self.shape[1]}, {self.place}"
-
-
-def attach_router(layer: MPOExperts | DenseExperts, router: Router, *, own: bool) -> None:
-    """Give a layer its router. One layer of a network owns it, as a submodule that is stored; the others see it."""
-    if own:
-        layer.router = router
-    else:
-        object.__setattr__(layer, "router", router)  # as a submodule it would be stored again
-
-
-def dispatch(x: Tensor, router: Router | None, place: Place, out_features: int, multiply: Multiply) -> Tensor:
-    """Group the rows by expert, multiply, and put the results back where their tokens are.
-
-    `in`: (…, I) → (…, O), or (…, k, O) for k ≥ 2; `out`: these → (…, O).
-    """
-    if router is None:
-        raise RuntimeError("a layer of experts without a router")
-    routing = router(x) if place == "in" else router.take()
-    k = routing.k
-    if place == "in":
-        leading, source = x.shape[:-1], routing.tokens  # of a token
-    else:
-        leading, source = (x.shape[:-2] if k > 1 else x.shape[:-1]), routing.order  # of a slot
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, source)
-    made = multiply(rows, routing) if routing.routed else rows.new_zeros(0, out_features)
-    # (T·k, O), zero where a choice was dropped
-    slots = made.new_zeros(routing.experts.numel(), out_features).index_copy_(0, routing.order, made)
-    if place == "in":
-        return slots.reshape(*leading, *((k,) if k > 1 else ()), out_features)
-    weighted = slots.reshape(-1, k, out_features) * routing.gates.to(slots.dtype)[:, :, None]
-    return (weighted.sum(1) if k > 1 else weighted).reshape(*leading, out_features)
-
-
-def dispatch_traced(x: Tensor, layer: MPOExperts | DenseExperts) -> Tensor:
-    """The same in a compiled graph, whose shapes must not depend on the routing: every expert multiplies every row."""
-    router = layer.router
-    if router is None:
-        raise RuntimeError("a layer of experts without a router")
-    routing = router(x) if layer.place == "in" else router.take()
-    k, first = routing.k, layer.place == "in"
-    leading = x.shape[:-1] if first or k == 1 else x.shape[:-2]
-    rows = x.reshape(-1, layer.in_features)
-    if first and k > 1:
-        rows = rows.repeat_interleave(k, 0)  # a row for each slot
-    slots = rows.new_zeros(rows.shape[0], layer.out_features)
-    for expert in range(layer.experts):
-        mine = (routing.experts == expert) & routing.kept
-        made = F.linear(rows, layer.weight_matrix(expert), layer.bias)
-        slots = torch.where(mine.reshape(-1, 1), made, slots.to(made.dtype))
-    if first:
-        return slots.reshape(*leading, *((k,) if k > 1 else ()), layer.out_features)
-    weighted = slots.reshape(-1, k, layer.out_features) * routing.gates.to(slots.dtype)[:, :, None]
-    return weighted.sum(1).reshape(*leading, layer.out_features)
-
-
-def _linear_by_expert(rows: Tensor, weights: Sequence[Tensor], bias: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """(S, I) → (S, O) with one O×I matrix for each group of rows."""
-    parts = zip(rows.split(list(counts)), weights, strict=True)
-    made = [F.linear(part, weight, bias) for part, weight in parts]
-    return made[0] if len(made) == 1 else torch.cat(made)
-
-
-def _load_bias(bias: nn.Parameter | None, values: Tensor | None) -> None:
-    if bias is not None and values is not None:
-        with torch.no_grad():
-            bias.copy_(values)
-
-
-def _add_noise(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
-    if std:
-        # Drawn on the CPU in float32: the same noise on every device and in every dtype.
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        size = parameter.detach().float().square().mean().sqrt()
-        parameter.add_((noise.to(parameter.device) * (std * size)).to(parameter.dtype))

@@ -16,7 +16,9 @@ from mpocli.errors import InputError
 from mpocli.mpo import MPO, SiteShape, site_shape
 from mpocli.mpo.tables import published_shape
 from mpocli.nn import experts as module
-from mpocli.nn.experts import DenseExperts, MPOExperts, attach_router
+from mpocli.nn.dense_experts import DenseExperts
+from mpocli.nn.dispatch import attach_router
+from mpocli.nn.experts import MPOExperts
 from mpocli.nn.experts_contract import Way, choose_way, expert_params, join_macs, sharing_ratio, way_macs
 from mpocli.nn.router import Router, RouterOptions, Shared
 

@@ -34,7 +34,7 @@ from mpocli.methods.skipped import Skipped
 from mpocli.mpo import MPO, Truncation, decompose, stored_error
 from mpocli.mpo.linalg import cast, dtype_name
 from mpocli.nn import DenseExperts, MPOExperts, Router
-from mpocli.nn.experts import Place
+from mpocli.nn.dispatch import Place
 from mpocli.progress import Progress
 
 DEFAULT_ROLES = ("ffn",)
