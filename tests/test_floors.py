@@ -238,7 +238,7 @@ def test_import_mpocli_loads_neither_torch_nor_transformers_nor_the_command_line
 
 
 def test_what_reads_metadata_loads_no_torch() -> None:
-    metadata = "mpocli.io.manifest", "mpocli.io.signpost", "mpocli.io.stored", "mpocli.mpo.shape"
+    metadata = "mpocli.io.read_manifest", "mpocli.io.signpost", "mpocli.io.stored", "mpocli.mpo.shape"
     loaded = _modules_after(f"import {', '.join(metadata)}")
     assert "safetensors" in loaded and not loaded & {"torch", "transformers"}
 

@@ -21,8 +21,10 @@ from mpocli.hf.targets import Survey, survey
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.digest import file_sha256
 from mpocli.io.encodings.base import Encoding
-from mpocli.io.manifest import MANIFEST, Manifest, Totals
+from mpocli.io.manifest import Manifest
+from mpocli.io.schema import MANIFEST
 from mpocli.io.signpost import check_seal
+from mpocli.io.totals import Totals
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpocli.io.manifest import MANIFEST, Manifest
+from mpocli.io.manifest import Manifest
 from mpocli.io.readable import is_file
+from mpocli.io.schema import MANIFEST
 from mpocli.printable import printable
 
 # What the hub and YAML read as one plain word: a model's id, a licence's.

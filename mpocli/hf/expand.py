@@ -8,7 +8,7 @@ import torch
 
 from mpocli.errors import InputError
 from mpocli.hf.replace import dense_shape, install
-from mpocli.io.manifest import MPOSpec
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.mpo import MPO, SiteShape, site_shape, symmetric_gauge
 from mpocli.nn import MPOModule
 

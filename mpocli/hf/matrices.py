@@ -14,7 +14,7 @@ from mpocli.errors import InputError
 from mpocli.io.dtypes import DType
 
 if TYPE_CHECKING:
-    from mpocli.io.manifest import ModuleEntry
+    from mpocli.io.module_entry import ModuleEntry
     from mpocli.io.stored import StoredTensors
 
 D = TypeVar("D", bound=DType)

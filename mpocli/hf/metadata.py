@@ -11,7 +11,9 @@ from mpocli.hf.config import read_config
 from mpocli.hf.hub import Source
 from mpocli.io.digest import file_sha256
 from mpocli.io.encodings.known import Encodings
-from mpocli.io.manifest import MANIFEST, Manifest, read_manifest
+from mpocli.io.manifest import Manifest
+from mpocli.io.read_manifest import read_manifest
+from mpocli.io.schema import MANIFEST
 from mpocli.io.stored import StoredTensors
 
 R = TypeVar("R", bound=StoredTensors[Any])

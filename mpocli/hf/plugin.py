@@ -30,8 +30,9 @@ from mpocli.hf.replace import install, local_name, remove
 from mpocli.hf.routing import connect
 from mpocli.hf.sparse import keep_zeros, sparse_parameters
 from mpocli.io.encodings.known import encodings_from
-from mpocli.io.manifest import QUANT_METHOD, SCHEMA_VERSION, specs_from_config
+from mpocli.io.read_manifest import specs_from_config
 from mpocli.io.readable import why_unreadable
+from mpocli.io.schema import QUANT_METHOD, SCHEMA_VERSION
 from mpocli.io.signpost import SIGNPOST, check_seal, signpost
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOModule, Router
 from mpocli.nn.held_zeros import release_zeros_of

@@ -12,10 +12,12 @@ from mpocli.hf.matrices import Matrix, Member, checked
 from mpocli.hf.metadata import Metadata
 from mpocli.io.digest import file_sha256
 from mpocli.io.dtypes import STORED_DTYPES, StoredDType
-from mpocli.io.manifest import Manifest, ModuleEntry, Totals
+from mpocli.io.manifest import Manifest
 from mpocli.io.matrix_entry import MatrixEntry
+from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.signpost import check_seal
 from mpocli.io.stored import StoredTensors
+from mpocli.io.totals import Totals
 
 _DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 

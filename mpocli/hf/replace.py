@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError
-from mpocli.io.manifest import MPOSpec
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.nn import TOMBSTONE, DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, MPOModule
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.hf.padding import given_to, padding_id, parameter_names, stack_mask
-from mpocli.io.manifest import MPOSpec
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.nn import DenseExperts, MPOExperts, Router, Shared, attach_router
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from mpocli.hf.targets import Survey, Weight
 from mpocli.io.checkpoint import CheckpointReader
-from mpocli.io.manifest import Manifest, ModuleEntry
+from mpocli.io.manifest import Manifest
 from mpocli.io.matrix_entry import MatrixEntry
+from mpocli.io.module_entry import ModuleEntry
 from mpocli.mpo.linalg import dtype_name
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpocli.errors import InputError
 from mpocli.hf.config import class_name
 from mpocli.hf.foreign import foreign
-from mpocli.io.manifest import QUANT_METHOD
+from mpocli.io.schema import QUANT_METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from mpocli.io.checkpoint import CheckpointReader
-    from mpocli.io.manifest import Manifest, ModuleEntry
+    from mpocli.io.manifest import Manifest
+    from mpocli.io.module_entry import ModuleEntry
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.io.apart import check_apart
-from mpocli.io.manifest import MANIFEST
+from mpocli.io.schema import MANIFEST
 from mpocli.train.demo.models import build_demo_models
 from mpocli.train.demo.predict import examine
 

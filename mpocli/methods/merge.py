@@ -13,8 +13,9 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import dense_experts, dense_tensor
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import ModuleEntry, Totals
+from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.totals import Totals
 from mpocli.methods.rewrite import Rewriting, Stored
 from mpocli.mpo.linalg import cast
 from mpocli.progress import Progress

@@ -15,8 +15,10 @@ from mpocli.hf.targets import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.dense import Dense
-from mpocli.io.manifest import Manifest, ModuleEntry, Totals
+from mpocli.io.manifest import Manifest
+from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.signpost import SIGNPOST, add_signpost
+from mpocli.io.totals import Totals
 from mpocli.io.writer import CheckpointWriter, Sink, SpecCounter, plan_shards
 from mpocli.mpo.linalg import cast
 from mpocli.progress import Progress

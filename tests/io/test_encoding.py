@@ -20,7 +20,9 @@ from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.known import encoded, encoding_of, encodings_from
-from mpocli.io.manifest import Manifest, MPOSpec, read_manifest
+from mpocli.io.manifest import Manifest
+from mpocli.io.mpo_spec import MPOSpec
+from mpocli.io.read_manifest import read_manifest
 from mpocli.io.stored import WEIGHTS
 from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.writer import CheckpointWriter
@@ -294,7 +296,7 @@ def test_encodings_are_read_from_the_config_alone_and_must_be_those_of_the_manif
 
 
 def test_the_manifest_says_of_every_core_how_it_is_stored() -> None:
-    from mpocli.io.manifest import ModuleEntry
+    from mpocli.io.module_entry import ModuleEntry
 
     spec = MPOSpec("linear", (4, 4), (2, 2), (2, 2), (1, 4, 1))
     manifest = Manifest(

@@ -10,17 +10,13 @@ from typing import Any
 import pytest
 
 from mpocli.errors import InputError
-from mpocli.io.manifest import (
-    SCHEMA_VERSION,
-    Manifest,
-    ModuleEntry,
-    MPOSpec,
-    Totals,
-    check_schema,
-    read_manifest,
-    specs_from_config,
-)
+from mpocli.io.manifest import Manifest
 from mpocli.io.matrix_entry import MatrixEntry
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.mpo_spec import MPOSpec
+from mpocli.io.read_manifest import read_manifest, specs_from_config
+from mpocli.io.schema import SCHEMA_VERSION, check_schema
+from mpocli.io.totals import Totals
 
 LINEAR = MPOSpec("linear", (6, 20), (2, 3), (4, 5), (1, 7, 1))
 TABLE = MPOSpec("embedding", (11, 4), (2, 3, 2), (2, 2, 1), (1, 4, 2, 1), scale=2.5)

@@ -21,7 +21,8 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
 from mpocli.io.encodings import known
 from mpocli.io.encodings.base import Encoding, Part
-from mpocli.io.manifest import Manifest, Totals
+from mpocli.io.manifest import Manifest
+from mpocli.io.totals import Totals
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.inspect import run as inspect

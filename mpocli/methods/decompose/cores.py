@@ -11,7 +11,8 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
-from mpocli.io.manifest import ModuleEntry, MPOSpec
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.fit_store import ChosenForm

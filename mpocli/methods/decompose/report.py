@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mpocli.io.manifest import Manifest, ModuleEntry, MPOSpec
+from mpocli.io.manifest import Manifest
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import WeightPlan
 from mpocli.methods.rewrite import stored_dtype
 from mpocli.mpo import chain_macs, choose_path, rebuild_macs

@@ -12,9 +12,9 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
 from mpocli.io.encodings.known import Encodings
-from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
+from mpocli.io.totals import Totals
 from mpocli.methods.decompose.budget import decide
 from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.plan import plan

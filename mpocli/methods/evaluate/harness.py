@@ -12,7 +12,7 @@ from typing import Any
 
 from mpocli.errors import InputError, MpoError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.device import device_of
 
 

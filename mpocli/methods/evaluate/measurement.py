@@ -11,7 +11,7 @@ import torch
 from mpocli.config.data import DataOptions
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.sparse_paths import PathChoice, PathReport, choose_paths
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import run_set, score_set
 from mpocli.methods.data.task import TaskData, check_trained_head
 from mpocli.methods.memory import peak_memory, reset_peak_memory

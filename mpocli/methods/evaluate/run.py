@@ -15,7 +15,7 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.sparse_paths import PathChoice, PathReport
 from mpocli.io.apart import check_apart
 from mpocli.io.files import OutputFile
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.data.task import TaskData, prepare
 from mpocli.methods.device import device_of
 from mpocli.methods.evaluate.agreement import agreement, check_comparable

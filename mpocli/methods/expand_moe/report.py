@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpocli.hf.targets import Weight
-from mpocli.io.manifest import ModuleEntry, Totals
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.totals import Totals
 from mpocli.methods.skipped import Skipped
 
 

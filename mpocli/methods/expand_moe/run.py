@@ -23,7 +23,8 @@ from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
 from mpocli.io.claim import writes_output
 from mpocli.io.encodings.base import Encoding
-from mpocli.io.manifest import ModuleEntry, MPOSpec
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.mpo_spec import MPOSpec
 from mpocli.io.output import check_output, output_directory
 from mpocli.methods.expand_moe.plan import Network, networks, placed
 from mpocli.methods.expand_moe.report import ExpandReport, experts_report

@@ -13,7 +13,7 @@ from mpocli.config.of_model import check_model
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.finetune import overparam, overparam_train
 from mpocli.methods.finetune.overparam import OverparamReport

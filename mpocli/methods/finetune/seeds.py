@@ -11,8 +11,8 @@ from pathlib import Path
 from mpocli.config.finetune import FinetuneConfig
 from mpocli.errors import InputError
 from mpocli.io.files import OutputFile
-from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output
+from mpocli.io.totals import Totals
 from mpocli.methods.finetune.overparam import OverparamReport
 from mpocli.methods.finetune.run import FinetuneReport, run
 from mpocli.methods.training.directory import training_directory

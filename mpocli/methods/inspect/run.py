@@ -11,8 +11,11 @@ from mpocli.hf.hub import resolve
 from mpocli.hf.matrices import M, Matrix, select
 from mpocli.hf.metadata import Metadata, read_metadata
 from mpocli.hf.recorded import recorded
-from mpocli.io.manifest import MANIFEST, Manifest, MPOSpec, Totals
+from mpocli.io.manifest import Manifest
+from mpocli.io.mpo_spec import MPOSpec
+from mpocli.io.schema import MANIFEST
 from mpocli.io.stored import StoredTensors, stored_tensors
+from mpocli.io.totals import Totals
 from mpocli.progress import Progress
 
 

@@ -23,8 +23,11 @@ from mpocli.hf.values import dense_experts, read_mpo
 from mpocli.io.differences import differences, leaves
 from mpocli.io.digest import file_sha256
 from mpocli.io.json_file import read_json
-from mpocli.io.manifest import MANIFEST, Manifest, ModuleEntry, read_manifest
+from mpocli.io.manifest import Manifest
 from mpocli.io.model_files import unlisted_files
+from mpocli.io.module_entry import ModuleEntry
+from mpocli.io.read_manifest import read_manifest
+from mpocli.io.schema import MANIFEST
 from mpocli.mpo import Truncation, canonical_defect, decompose, norm_squared, stored_error
 from mpocli.progress import Progress
 

@@ -13,8 +13,8 @@ from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_tokenizer
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.data.task import check_trained_head, prepare
 from mpocli.methods.device import device_of

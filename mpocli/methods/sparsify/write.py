@@ -14,7 +14,9 @@ from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.targets import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
-from mpocli.io.manifest import MANIFEST, Manifest, Totals
+from mpocli.io.manifest import Manifest
+from mpocli.io.schema import MANIFEST
+from mpocli.io.totals import Totals
 from mpocli.methods.rewrite import Rewriting, Stored, as_stored
 from mpocli.methods.sparsify.plan import Target
 from mpocli.mpo.linalg import check_finite

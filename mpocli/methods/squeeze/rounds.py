@@ -16,7 +16,7 @@ from mpocli.config.squeeze import SqueezeConfig
 from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.shrink import mpo_modules, set_mpo
 from mpocli.hf.stored import rounded, stored_dtypes
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.squeeze.choice import Bond, Spectra, Widths, at_once, best, candidates, groups
 from mpocli.methods.squeeze.state import Cut, Progressed, RoundRecord, save_round

@@ -11,7 +11,7 @@ from mpocli.config.squeeze import SqueezeConfig, check_options
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 from mpocli.methods.squeeze.rounds import Squeezer, Watch
 from mpocli.methods.squeeze.state import RECORDS, Progressed, RoundRecord, load_round, write_records
 from mpocli.methods.squeeze.target import target_params

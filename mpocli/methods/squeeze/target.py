@@ -6,7 +6,7 @@ import math
 
 from mpocli.config.squeeze import SqueezeConfig
 from mpocli.errors import UsageError
-from mpocli.io.manifest import Totals
+from mpocli.io.totals import Totals
 
 
 def target_params(config: SqueezeConfig, before: Totals, itemsize: int) -> int | None:

@@ -15,8 +15,8 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.claim import digest
-from mpocli.io.manifest import MANIFEST
 from mpocli.io.output import check_output
+from mpocli.io.schema import MANIFEST
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.training.directory import RECORD, reports_directory, training_directory

@@ -16,8 +16,8 @@ from mpocli.config.optimisation import Optimisation
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
-from mpocli.io.manifest import Totals
 from mpocli.io.output import output_directory
+from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import evaluate
 from mpocli.methods.data.task import TaskData, check_trained_head, prepare
 from mpocli.methods.training.begin import RunSetup
