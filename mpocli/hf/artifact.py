@@ -17,7 +17,7 @@ from mpocli.hf.metadata import Metadata, read_metadata
 from mpocli.hf.settled import settled
 from mpocli.hf.side_files import carry
 from mpocli.hf.stored import in_stored_dtypes, stored_dtypes
-from mpocli.hf.targets import Survey, survey
+from mpocli.hf.survey import Survey, survey
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.digest import file_sha256
 from mpocli.io.encodings.base import Encoding

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpocli.hf.targets import Survey, Weight
+from mpocli.hf.survey import Survey
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.manifest import Manifest
 from mpocli.io.matrix_entry import MatrixEntry

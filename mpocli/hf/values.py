@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.mpo import MPO
 from mpocli.mpo.linalg import check_finite

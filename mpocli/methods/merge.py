@@ -10,8 +10,8 @@ import torch
 
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
 from mpocli.hf.values import dense_experts, dense_tensor
+from mpocli.hf.weight import Weight
 from mpocli.io.claim import writes_output
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.output import check_output, output_directory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.dense import Dense

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.mpo import SiteShape, site_shape
 
 

@@ -16,7 +16,7 @@ import transformers
 from cli import tasks
 from cli.shell import Cli, edited, refused, rewrite
 from mpocli.cli import streams
-from mpocli.hf import targets
+from mpocli.hf import survey
 from mpocli.methods.inspect import run as inspect
 
 
@@ -44,7 +44,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_configuration_that_no_model_can_have_is_refused_before_it_is_built(
     case: str, model: Path, cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "_LEAST_BOUND", 2_000)
+    monkeypatch.setattr(survey, "_LEAST_BOUND", 2_000)
     change, word = CONFIGS[case]
     with edited(model / "config.json") as config:
         config |= change

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpocli.config.budget import Budget
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.by_error import smallest_within
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.norms import Norm

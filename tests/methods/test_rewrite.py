@@ -18,7 +18,7 @@ from torch import Tensor
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.encodings import known
 from mpocli.io.encodings.base import Encoding, Part
 from mpocli.io.manifest import Manifest

@@ -13,7 +13,7 @@ import torch
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.data.calibration import Batches, calibration_batches, fed, split_rows
 from mpocli.methods.planner.fit_store import FitStore
 from mpocli.methods.planner.norms import Norms, measure

@@ -9,8 +9,8 @@ import torch
 
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
+from mpocli.hf.weight import Weight
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan

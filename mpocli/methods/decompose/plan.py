@@ -10,7 +10,7 @@ from mpocli.config.of_model import check_model
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.planner.fit_store import ChosenForm
 from mpocli.methods.site_choice import sites_of, why_larger

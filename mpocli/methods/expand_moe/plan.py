@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpocli.errors import InputError
 from mpocli.hf.routing import last_of
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.skipped import Skipped
 
 # Everything up to the last number of a module's path: its layer, and in T5 its place in the layer.

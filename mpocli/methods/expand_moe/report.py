@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.totals import Totals
 from mpocli.methods.skipped import Skipped

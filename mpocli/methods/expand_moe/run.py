@@ -19,8 +19,8 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.layout import layouts
 from mpocli.hf.matrices import select
 from mpocli.hf.skeleton import build_skeleton
-from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
+from mpocli.hf.weight import Weight
 from mpocli.io.claim import writes_output
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.module_entry import ModuleEntry

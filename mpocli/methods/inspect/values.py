@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mpocli.hf.targets import Weight
 from mpocli.hf.values import read_mpo
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import CheckpointReader
 from mpocli.mpo import MPO, bond_spectra, entropy_nats, site_shape
 

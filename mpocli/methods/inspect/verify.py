@@ -18,8 +18,8 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.settled import settled
-from mpocli.hf.targets import Weight
 from mpocli.hf.values import dense_experts, read_mpo
+from mpocli.hf.weight import Weight
 from mpocli.io.differences import differences, leaves
 from mpocli.io.digest import file_sha256
 from mpocli.io.json_file import read_json

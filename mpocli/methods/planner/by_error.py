@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo.candidates import Candidate
 from mpocli.mpo.fitting import Fitted, FittingProblem

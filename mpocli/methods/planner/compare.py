@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.activations import Batch
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.divergence import RecordedOutputs, divergence, is_layer, perplexity, replaced
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo.candidates import papers

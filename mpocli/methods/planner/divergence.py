@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mpocli.hf.activations import Batch, run
 from mpocli.hf.probe import token_mask
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.nn.logits import kl, slices
 
 

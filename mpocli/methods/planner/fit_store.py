@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpocli.config.budget import Budget
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.norms import Norm, Norms
 from mpocli.mpo import MPO, SiteShape
 from mpocli.mpo.candidates import Candidate, all_of, papers

@@ -17,7 +17,7 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_as_saved
 from mpocli.hf.moments import Moments, Store, collect
 from mpocli.hf.probe import Probe
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.data.calibration import fed
 from mpocli.mpo.gram import FLOOR, regularised
 from mpocli.progress import StepProgress

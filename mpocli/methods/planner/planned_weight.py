@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo import SiteShape
 from mpocli.mpo.budget import Curve

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mpocli.errors import UsageError
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.by_error import smallest_within
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.parallel import run_parallel

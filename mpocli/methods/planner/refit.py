@@ -11,7 +11,7 @@ from torch import nn
 
 from mpocli.hf.activations import Batch, Inputs
 from mpocli.hf.calibration import sequential
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo.gram import regularised
 from mpocli.progress import Progress

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpocli.errors import InputError
 from mpocli.hf.activations import Batch
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.files import OutputFile
 from mpocli.io.readable import is_there, why_unreadable
 from mpocli.methods.planner.divergence import RecordedOutputs, divergence, is_layer, replaced

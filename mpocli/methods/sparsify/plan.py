@@ -12,7 +12,7 @@ from mpocli.config.sparsify import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.methods.skipped import Skipped
 from mpocli.nn.masked import Layout
 

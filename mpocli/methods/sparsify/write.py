@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_surroundings
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import Manifest
