@@ -186,7 +186,7 @@ def test_no_files_import_one_another_in_a_circle() -> None:
         ("train/a.py", "from mpocli.methods.merge import run"),
         ("methods/a.py", "from transformers import AutoModel"),
         ("methods/a.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
-        ("methods/a.py", "from mpocli.cli import render"),
+        ("methods/a.py", "from mpocli.cli import console"),
         ("methods/a.py", "import typer"),
         ("methods/merge.py", "from mpocli.methods.decompose.run import run"),
         ("methods/squeeze/run.py", "from mpocli.methods.finetune import run"),

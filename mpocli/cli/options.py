@@ -77,10 +77,10 @@ def resumable(out: Path, what: str = "checkpoints are") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from mpocli.cli import render
+        from mpocli.cli import console
         from mpocli.methods.training.directory import training_directory
 
         kept = training_directory(out)
         if kept.is_dir():
-            render.err.print(f"{what} kept in {kept}: go on with --resume")
+            console.err.print(f"{what} kept in {kept}: go on with --resume")
         raise

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from mpocli.cli import render
+from mpocli.cli import console, tables, wording
 from mpocli.printable import printable
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
     if not enabled:
         yield Watch()
         return
-    if not render.err.is_terminal:
-        yield Watch(round=lambda record, metric: render.err.print(_line(record)))
+    if not console.err.is_terminal:
+        yield Watch(round=lambda record, metric: console.err.print(_line(record)))
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -41,9 +41,9 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
         TextColumn("{task.fields[line]}", style="dim", markup=False),
     )
     seen: list[RoundRecord] = []
-    bar = Progress(*columns, console=render.err)
+    bar = Progress(*columns, console=console.err)
     task = bar.add_task("round 1", total=None, line="")
-    with Live(bar, console=render.err, transient=True, refresh_per_second=4) as live:
+    with Live(bar, console=console.err, transient=True, refresh_per_second=4) as live:
 
         def step(done: int, total: int, line: str) -> None:
             bar.update(task, completed=done, total=total, line=printable(line))
@@ -58,17 +58,17 @@ def live_rounds(*, enabled: bool = True) -> Iterator[Watch]:
 
 def final_table(records: Sequence[RoundRecord], metric: str, *, kept: int) -> Table:
     """All columns, with names as long as the terminal has room for."""
-    tables = (rounds_table(records, metric, kept=kept, width=width) for width in (36, 24, 12))
-    return render.first_that_fits(tables)
+    made = (rounds_table(records, metric, kept=kept, width=width) for width in (36, 24, 12))
+    return tables.first_that_fits(made)
 
 
 def _narrowed(records: Sequence[RoundRecord], metric: str) -> Table:
     """As it fits a terminal that is drawn over: shorter names, then fewer columns, never half a number."""
     fewer = ((), ("true",), ("true", "bound"), ("true", "bound", "from → to", "ratio"))
-    tables = (
+    made = (
         rounds_table(records, metric, width=width, left_out=left_out) for left_out in fewer for width in (36, 24, 12)
     )
-    return render.first_that_fits(tables, render.err.width)
+    return tables.first_that_fits(made, console.err.width)
 
 
 def rounds_table(
@@ -82,7 +82,7 @@ def rounds_table(
     """One row a round; the one that was kept is marked. Module names are shortened to `width`."""
     columns = ("round", "<bond", "from → to", "bound", "true", "parameters", "ratio", metric, "drop", "<")
     shown = [column not in left_out for column in columns]
-    table = render.table(*compress(columns, shown))
+    table = tables.table(*compress(columns, shown))
     for record in records:
         what, widths = _bonds(record, width)
         bound, true = (_root(record, name) for name in ("error_bound", "true_error"))
@@ -91,8 +91,8 @@ def rounds_table(
             str(record.round),
             what,
             widths,
-            render.error(bound),
-            render.error(true),
+            wording.error(bound),
+            wording.error(true),
             f"{record.params:,}",
             f"{record.ratio:.3f}",
             "" if value is None else f"{value:.4f}",
@@ -114,7 +114,7 @@ def _bonds(record: RoundRecord, width: int = 36) -> tuple[str, str]:
         return "none: trained only", ""
     first = record.cuts[0]
     if len(record.cuts) == 1:
-        return f"{render.shortened(first.module, width)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
+        return f"{wording.shortened(first.module, width)}:{first.bond}", f"{first.from_dim} → {first.to_dim}"
     roles = {cut.role or "other" for cut in record.cuts}
     widest, narrowest = max(cut.from_dim for cut in record.cuts), min(cut.to_dim for cut in record.cuts)
     what = f"{len(record.cuts)} {roles.pop() if len(roles) == 1 else 'bonds'}"

@@ -7,15 +7,15 @@ import io
 import pytest
 from rich.console import Console
 
-from mpocli.cli import render
+from mpocli.cli import bars, console, tables, wording
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> str:
     stream = io.StringIO()
-    monkeypatch.setattr(render, "out", Console(file=stream, width=width, highlight=False, force_terminal=False))
-    table = render.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err")
+    monkeypatch.setattr(console, "out", Console(file=stream, width=width, highlight=False, force_terminal=False))
+    table = tables.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err")
     table.add_row("embedding", "1 of 1", "23,440,896", "16,123,456", "0.688", "0.503", "0.503")
-    render.show(table)
+    tables.show(table)
     return stream.getvalue()
 
 
@@ -36,9 +36,9 @@ def test_notes_name_a_role_once_where_only_numbers_differ() -> None:
 
     larger = "an MPO would be larger ({} > {} parameters)"
     modules = [Module("q", larger.format(5, 4)), Module("k", larger.format(7, 6))]
-    assert render.notes(modules) == ["kept dense: 2 attention matrices: an MPO would be larger"]
+    assert wording.notes(modules) == ["kept dense: 2 attention matrices: an MPO would be larger"]
     same = [Module("q", larger.format(5, 4)), Module("k", larger.format(5, 4))]
-    assert render.notes(same) == [f"kept dense: 2 attention matrices: {larger.format(5, 4)}"]
+    assert wording.notes(same) == [f"kept dense: 2 attention matrices: {larger.format(5, 4)}"]
 
 
 def test_where_no_terminal_is_long_work_tells_where_it_is_and_short_work_says_nothing(
@@ -46,8 +46,8 @@ def test_where_no_terminal_is_long_work_tells_where_it_is_and_short_work_says_no
 ) -> None:
     """In every command that can take long, beside --json too: it goes to stderr."""
     clock = iter([0.0, 20.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(render.time, "monotonic", lambda: next(clock))
-    with render.progress_bar("plan") as progress:
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with bars.progress_bar("plan") as progress:
         assert progress is not None
         for done in range(1, 5):
             progress(done, 4, f"layers.{done}")

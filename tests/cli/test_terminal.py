@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.shell import Cli, edited, succeeded
-from mpocli.cli import render
+from mpocli.cli import bars, console, tables
 
 # A title, a cleared line, a bell, C1's CSI, text turned round, a new line, markup, a broken closing tag, a lone half.
 SPOILT = "a\x1b]0;owned\x07\x1b[2K\x9b31m\u202egnp.\rx\n✓ verified[red]b[/red][/x]:smile:\ud83d"
@@ -25,24 +25,26 @@ def _is_clean(text: str) -> None:
 @pytest.mark.parametrize("where", ["print", "cell", "header", "spans", "style"])
 def test_a_name_is_shown_as_it_is_spelled_wherever_it_is_printed(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(render.out, "_file", stream)
-    monkeypatch.setattr(render.out, "width", 300)
+    monkeypatch.setattr(console.out, "_file", stream)
+    monkeypatch.setattr(console.out, "width", 300)
     if where in ("cell", "header"):
-        table = render.table("role", SPOILT if where == "header" else "what")
+        table = tables.table("role", SPOILT if where == "header" else "what")
         table.add_row("ffn", SPOILT)
-        render.show(table)
+        tables.show(table)
     elif where == "spans":
-        render.out.print(render.spans((SPOILT, "bold"), "  ", SPOILT))
+        console.out.print(console.spans((SPOILT, "bold"), "  ", SPOILT))
     else:
-        render.out.print(SPOILT, style="dim" if where == "style" else None)
+        console.out.print(SPOILT, style="dim" if where == "style" else None)
     assert SHOWN in stream.getvalue()
     _is_clean(stream.getvalue())
 
 
 def test_a_bar_on_a_terminal_shows_a_name_as_it_is_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(render, "err", render._Console(file=stream, force_terminal=True, width=300, **render._PLAIN))
-    with render.progress_bar("inspect") as tell:
+    monkeypatch.setattr(
+        console, "err", console.SafeConsole(file=stream, force_terminal=True, width=300, **console.PLAIN)
+    )
+    with bars.progress_bar("inspect") as tell:
         assert tell is not None
         tell(1, 2, "\x07[/x]\u202e")
     assert r"\x07[/x]\u202e" in stream.getvalue()

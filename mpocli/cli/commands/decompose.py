@@ -54,13 +54,13 @@ def command(
     if not dry_run:
         options.check_out_before_download(model, destination, overwrite=overwrite)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.decompose import run as decompose
     from mpocli.methods.device import device_of
 
     device_of(config.device)
-    with quiet.transformers(), render.progress_bar("decompose") as progress:
+    with quiet.transformers(), bars.progress_bar("decompose") as progress:
         report = decompose.run(model, config, destination, overwrite=overwrite, dry_run=dry_run, progress=progress)
 
     def say() -> None:
@@ -68,12 +68,12 @@ def command(
         if config.budget is None and config.truncates:
             _name_the_planner(report, model, config)
 
-    render.report("decompose", report, say, json=json)
+    console.report("decompose", report, say, json=json)
 
 
 def _name_the_planner(report: DecomposeReport, model: str, config: DecomposeConfig) -> None:
     """What truncating every bond alike costs before any training, and the command that reaches the same size."""
-    from mpocli.cli import render
+    from mpocli.cli import console, wording
 
     made = [module for module in report.modules if module.action == "mpo" and not module.reason and not module.cut_from]
     chosen = [*made, *(module for module in report.modules if "larger" in module.reason)]
@@ -81,37 +81,37 @@ def _name_the_planner(report: DecomposeReport, model: str, config: DecomposeConf
     if not made or not 0.001 < after / before < 0.999:
         return
     losses = []
-    for role, modules in render.by_role(made):
+    for role, modules in wording.by_role(made):
         errors = [module.relative_error for module in modules if module.relative_error is not None]
         losses += [f"{statistics.mean(errors):.0%} of {role or 'other'}"] if errors else []
     if losses:
         line = f"before training, that is an error of {', '.join(losses)} on average"
-        render.err.print(line, style="yellow")
+        console.err.print(line, style="yellow")
     words = ["mpocli", "decompose", model, "--ratio", f"{after / before:.3f}"]
     words += ["--layers", ",".join(config.layers)] if config.layers else []
     words += [word for glob in config.targets for word in ("--target", glob)]
     words += [word for glob in config.ignore for word in ("--ignore", glob)]
     line = f"the same size, planned on your text: {shlex.join(words)} --calibrate TEXT"
-    render.err.print(line, style="dim")
+    console.err.print(line, style="dim")
 
 
 def show(report: DecomposeReport) -> None:
     """The table by role, what was kept and why, and where the result is."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
     # The worst error of the outputs, where there was a calibration: what a bound on the error is about.
     outputs = ("output",) if any(module.weighted_error is not None for module in report.modules) else ()
-    table = render.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err", *outputs)
-    for role, modules in render.by_role(report.modules):
+    table = tables.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err", *outputs)
+    for role, modules in wording.by_role(report.modules):
         made = [module for module in modules if module.action == "mpo"]
         known = [module.relative_error for module in made if module.relative_error is not None]
         before, after = sum(m.dense_params for m in modules), sum(m.params for m in modules)
         table.add_row(
             role or "other",
             f"{len(made)} of {len(modules)}",
-            render.count(before),
-            render.count(after),
-            render.ratio(after, before),
+            wording.count(before),
+            wording.count(after),
+            wording.ratio(after, before),
             _over(max, known, made),
             _over(statistics.mean, known, made),
             *((_worst_output(made),) if outputs else ()),
@@ -121,17 +121,17 @@ def show(report: DecomposeReport) -> None:
     totals = report.totals
     rest = totals.dense_params - sum(module.dense_params for module in report.modules)
     if rest:
-        table.add_row("rest", "", render.count(rest), render.count(rest), "1.000", style="dim")
+        table.add_row("rest", "", wording.count(rest), wording.count(rest), "1.000", style="dim")
     table.add_section()
-    whole = render.count(totals.dense_params), render.count(totals.params), f"{totals.ratio:.3f}"
+    whole = wording.count(totals.dense_params), wording.count(totals.params), f"{totals.ratio:.3f}"
     table.add_row("model", "", *whole, style="bold")
-    render.show(table)
+    tables.show(table)
     if any(module.action == "mpo" and module.relative_error is None for module in report.modules):
-        render.out.print(render.UNKNOWN, style="dim")
-    render.out.print(
-        render.spans(
-            f"weight files  {render.size(report.before.bytes)} → ",
-            (render.size(totals.bytes), "bold"),
+        console.out.print(wording.UNKNOWN, style="dim")
+    console.out.print(
+        console.spans(
+            f"weight files  {wording.size(report.before.bytes)} → ",
+            (wording.size(totals.bytes), "bold"),
             "   (ratio = parameters after / dense: below 1 is smaller)",
         )
     )
@@ -139,9 +139,9 @@ def show(report: DecomposeReport) -> None:
         _show_cut(cut)
     if forms:
         chosen = ", ".join(f"{count} {form}" for form, count in forms.most_common())
-        render.out.print(f"shapes        {chosen}")
+        console.out.print(f"shapes        {chosen}")
     if report.filled:
-        render.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
+        console.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
     if report.compared:
         _show_compared(report.compared)
     _say(report)
@@ -149,66 +149,70 @@ def show(report: DecomposeReport) -> None:
 
 def _say(report: DecomposeReport) -> None:
     """What may surprise, and where the result is."""
-    from mpocli.cli import render
+    from mpocli.cli import console, wording
 
     totals = report.totals
     for warning in report.warnings:
-        render.err.print(warning, style="yellow")
-    for line in render.notes(report.modules):
-        render.err.print(line, style="yellow")
+        console.err.print(warning, style="yellow")
+    for line in wording.notes(report.modules):
+        console.err.print(line, style="yellow")
     if report.before.params < totals.params and report.before.params < totals.dense_params:
-        render.err.print(
+        console.err.print(
             f"the input had {report.before.params:,} parameters: without a truncation option what is decomposed grows",
             style="yellow",
         )
     if not any(module.action == "mpo" for module in report.modules):
-        render.err.print("nothing was decomposed", style="yellow")
+        console.err.print("nothing was decomposed", style="yellow")
     if report.dry_run:
-        render.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
+        console.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
     else:
-        render.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+        console.err.print(f"written to {report.out} in {report.seconds:.1f} s")
         if any(module.action == "mpo" for module in report.modules):
             line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-            render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+            console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
 
 
 def _show_cut(modules: Sequence[ModuleReport]) -> None:
     """What became of the bonds of MPOs that were truncated again."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    render.out.print(f"{len(modules)} MPOs were truncated again; the error is relative to what each of them was")
+    console.out.print(f"{len(modules)} MPOs were truncated again; the error is relative to what each of them was")
     rows = [
-        (module.name, module.role, (render.error(module.relative_error), f"{render.bonds(module.cut_from)} → {after}"))
+        (
+            module.name,
+            module.role,
+            (wording.error(module.relative_error), f"{wording.bonds(module.cut_from)} → {after}"),
+        )
         for module in modules
-        for after in (render.bonds(module.bond_dims),)
+        for after in (wording.bonds(module.bond_dims),)
     ]
-    render.matrices(("error", "<bonds"), rows)
+    tables.matrices(("error", "<bonds"), rows)
 
 
 def _show_compared(compared: Sequence[Compared]) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("same matrices, held-out text", "parameters", "divergence", "perplexity")
+    table = tables.table("same matrices, held-out text", "parameters", "divergence", "perplexity")
     for arm in compared:
-        perplexity = "" if arm.perplexity is None else render.metric(arm.perplexity)
-        divergence = "" if arm.name == "dense" else render.metric(arm.divergence)
+        perplexity = "" if arm.perplexity is None else wording.metric(arm.perplexity)
+        divergence = "" if arm.name == "dense" else wording.metric(arm.divergence)
         style = "bold" if arm.name == "the plan" else "dim" if arm.name == "dense" else ""
-        table.add_row(arm.name, render.count(arm.params), divergence, perplexity, style=style)
-    render.show(table)
-    render.out.print("layers alone: embeddings and what is tied to them are as they were in all rows", style="dim")
+        table.add_row(arm.name, wording.count(arm.params), divergence, perplexity, style=style)
+    tables.show(table)
+    console.out.print("layers alone: embeddings and what is tied to them are as they were in all rows", style="dim")
 
 
 def _worst_output(made: list[ModuleReport]) -> str:
-    from mpocli.cli import render
+    from mpocli.cli import wording
 
     known = [module.weighted_error for module in made if module.weighted_error is not None]
-    return render.error(max(known)) if known else ""
+    return wording.error(max(known)) if known else ""
 
 
 def _over(measure: Callable[[list[float]], float], known: list[float], made: list[ModuleReport]) -> str:
     """Of the errors of all matrices of a row; `?` where one is unknown."""
     if not made:
         return ""
-    from mpocli.cli import render
+    from mpocli.cli import wording
 
-    return render.error(measure(known)) if len(known) == len(made) else "?"
+    return wording.error(measure(known)) if len(known) == len(made) else "?"

@@ -33,14 +33,14 @@ def command(
     for about a minute on the docstrings of Python's standard library; later
     runs find them in the cache.
     """
-    from mpocli.cli import render
+    from mpocli.cli import console
     from mpocli.hf import quiet
     from mpocli.methods import demo
     from mpocli.methods.decompose.run import run as decompose
 
     with quiet.transformers(), _stages() as progress:
         report = demo.run(cache or _default_cache(), out, decompose, progress=progress)
-    render.report("demo", report, lambda: _show(report), json=json)
+    console.report("demo", report, lambda: _show(report), json=json)
 
 
 def _default_cache() -> Path:
@@ -53,20 +53,20 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, one below the other."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from mpocli.cli import render
+    from mpocli.cli import console
 
-    if not render.err.is_terminal:
+    if not console.err.is_terminal:
         begun: list[str] = []
 
         def say(stage: str, _done: int, _total: int) -> None:
             if stage not in begun:
                 begun.append(stage)
-                render.err.print(f"{stage} …")
+                console.err.print(f"{stage} …")
 
         yield say
         return
     columns = TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=render.err) as bars:
+    with Progress(*columns, console=console.err) as bars:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:
@@ -78,24 +78,26 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _show(report: DemoReport) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("model", "<made by", "parameters", "file", "perplexity")
+    table = tables.table("model", "<made by", "parameters", "file", "perplexity")
     for k, arm in enumerate(report.arms):
         if k and arm.model != report.arms[k - 1].model:
             table.add_section()
-        table.add_row(arm.model, arm.made_by, render.count(arm.params), render.size(arm.bytes), f"{arm.perplexity:.1f}")
-    render.show(table)
-    render.out.print("(perplexity per token on held-out docstrings; BERT's on masked tokens)\n", style="dim")
+        table.add_row(
+            arm.model, arm.made_by, wording.count(arm.params), wording.size(arm.bytes), f"{arm.perplexity:.1f}"
+        )
+    tables.show(table)
+    console.out.print("(perplexity per token on held-out docstrings; BERT's on masked tokens)\n", style="dim")
     for model, questions in zip(("bert", "gpt2"), report.questions, strict=True):
         for number, question in enumerate(questions):
-            render.out.print(question, style="bold")
+            console.out.print(question, style="bold")
             for arm in report.arms:
                 if arm.model == model:
-                    render.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}")
-    render.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:")
+                    console.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}")
+    console.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:")
     for arm in report.arms:
         if arm.made_by.startswith("--trunc"):
-            render.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum")
-    render.err.print("With a network, on a real model:")
-    render.err.print("  mpocli decompose bert-base-uncased --trunc 256")
+            console.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum")
+    console.err.print("With a network, on a real model:")
+    console.err.print("  mpocli decompose bert-base-uncased --trunc 256")

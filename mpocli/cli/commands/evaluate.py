@@ -44,11 +44,11 @@ def command(
         data = replace(data, precision=options.precision_of(data.precision, config.device))
         _check_names(data.task, config)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.evaluate import run as method
 
-    with quiet.transformers(), render.progress_bar("eval") as progress:
+    with quiet.transformers(), bars.progress_bar("eval") as progress:
         report = method.run(
             model,
             data,
@@ -61,7 +61,7 @@ def command(
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
-    render.report("eval", report, lambda: _show(report), json=json)
+    console.report("eval", report, lambda: _show(report), json=json)
     _check_gates(report, config)
 
 
@@ -82,7 +82,7 @@ def _check_gates(report: EvalReport | HarnessReport, config: EvalConfig) -> None
 
 
 def _run_harness(model: str, config: EvalConfig, *, json: bool) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console
     from mpocli.methods.evaluate import harness as method
 
     assert config.lm_eval is not None
@@ -99,34 +99,34 @@ def _run_harness(model: str, config: EvalConfig, *, json: bool) -> None:
         trust_remote_code=config.trust_remote_code,
     )
     report = method.run(model, harness, baseline=config.baseline)
-    render.report("eval", report, lambda: _show_harness(report), json=json)
+    console.report("eval", report, lambda: _show_harness(report), json=json)
     _check_gates(report, config)
 
 
 def _show_harness(report: HarnessReport) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
     other = report.baseline
-    table = render.table("", "model", *(("baseline",) if other else ()))
+    table = tables.table("", "model", *(("baseline",) if other else ()))
     for name, value in report.metrics.items():
         theirs = other.metrics.get(name) if other else None
         table.add_row(
-            name, render.metric(value), *(("" if theirs is None else render.metric(theirs),) if other else ())
+            name, wording.metric(value), *(("" if theirs is None else wording.metric(theirs),) if other else ())
         )
     table.add_section()
     for name in ("params", "bytes"):
-        shown = render.size if name == "bytes" else render.count
+        shown = wording.size if name == "bytes" else wording.count
         cells = (shown(getattr(arm.totals, name)) for arm in (report, other) if arm)
         table.add_row({"params": "parameters"}.get(name, name), *cells)
-    render.show(table)
-    render.out.print(f"{report.samples:,} samples of {', '.join(report.tasks)}", style="dim")
+    tables.show(table)
+    console.out.print(f"{report.samples:,} samples of {', '.join(report.tasks)}", style="dim")
 
 
 def _show(report: EvalReport) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
     other = report.baseline
-    table = render.table("", "model", *(("baseline",) if other else ()))
+    table = tables.table("", "model", *(("baseline",) if other else ()))
 
     def row(name: str, mine: str, theirs: str | None) -> None:
         table.add_row(name, mine, *((theirs or "",) if other else ()))
@@ -135,37 +135,37 @@ def _show(report: EvalReport) -> None:
         row(name, f"{value:.4f}", f"{other.metrics[name]:.4f}" if other else None)
     if report.metrics:
         table.add_section()
-    row("parameters", render.count(report.totals.params), render.count(other.totals.params) if other else None)
-    row("bytes", render.size(report.totals.bytes), render.size(other.totals.bytes) if other else None)
+    row("parameters", wording.count(report.totals.params), wording.count(other.totals.params) if other else None)
+    row("bytes", wording.size(report.totals.bytes), wording.size(other.totals.bytes) if other else None)
     speeds = report.speed, other.speed if other else None
     if speeds[0]:
         pairs = [speed or None for speed in speeds]
         row("p50 per batch", *[f"{s.batch_seconds_p50 * 1e3:.1f} ms" if s else "" for s in pairs])
         row("tokens / s", *[f"{s.tokens_per_second:,.0f}" if s else "" for s in pairs])
-        row("peak of the process", *[render.size(s.peak_memory_bytes) if s else "" for s in pairs])
-    render.show(table)
+        row("peak of the process", *[wording.size(s.peak_memory_bytes) if s else "" for s in pairs])
+    tables.show(table)
     if report.metrics:
-        render.out.print(f"{report.samples:,} {'windows' if report.task == 'lm' else 'samples'}", style="dim")
+        console.out.print(f"{report.samples:,} {'windows' if report.task == 'lm' else 'samples'}", style="dim")
     if report.agreement:
         words = {"labels": "equal labels", "tokens": "equal likeliest tokens", "equal_texts": "equal texts"}
         said = [f"{words.get(name, name)} {value:.4f}" for name, value in report.agreement.items()]
-        render.out.print("agreement with the baseline: " + ", ".join(said))
+        console.out.print("agreement with the baseline: " + ", ".join(said))
     _show_paths(report.paths, "sparse layers")
     _show_paths(other.paths if other else (), "the baseline's")
     if report.truncated:
-        render.err.print(f"{report.truncated:,} examples were cut to --max-length", style="yellow")
+        console.err.print(f"{report.truncated:,} examples were cut to --max-length", style="yellow")
 
 
 def _show_paths(paths: Sequence[PathReport], title: str) -> None:
     """Nothing where no layer is sparse."""
-    from mpocli.cli import render
+    from mpocli.cli import tables, wording
 
     if not paths:
         return
-    table = render.table(title, "zeros", "modules", "tokens", "dense ms", "sparse ms", "<path")
+    table = tables.table(title, "zeros", "modules", "tokens", "dense ms", "sparse ms", "<path")
     for found in paths:
         sparse = "none" if found.sparse_seconds is None else f"{found.sparse_seconds * 1e3:.3f}"
         shape = f"{found.shape[0]}x{found.shape[1]}"
-        numbers = f"{found.sparsity:.1%}", render.count(found.modules), render.count(found.tokens)
+        numbers = f"{found.sparsity:.1%}", wording.count(found.modules), wording.count(found.tokens)
         table.add_row(shape, *numbers, f"{found.dense_seconds * 1e3:.3f}", sparse, found.path)
-    render.show(table)
+    tables.show(table)

@@ -43,20 +43,20 @@ def command(
     destination = out or options.default_out(model, "moe")
     options.check_out_before_download(model, destination, overwrite=overwrite)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.expand_moe import run as expand_moe
 
-    with quiet.transformers(), render.progress_bar("expand-moe") as progress:
+    with quiet.transformers(), bars.progress_bar("expand-moe") as progress:
         report = expand_moe.run(model, config, destination, overwrite=overwrite, progress=progress)
-    render.report("expand-moe", report, lambda: _show(report), json=json)
+    console.report("expand-moe", report, lambda: _show(report), json=json)
 
 
 def _show(report: ExpandReport) -> None:
     """What the experts have in common and of their own, and the size of the model beside n dense experts."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense", "err")
+    table = tables.table("matrices", "shape", "dense", "in common", "each expert's", "stored", "of dense", "err")
     groups: dict[tuple[object, ...], list[ExpertsReport]] = {}
     for module in report.modules:
         key = (module.place, module.shape, module.shared_params, module.own_params)
@@ -72,18 +72,18 @@ def _show(report: ExpandReport) -> None:
             f"{first.own_params:,}",
             f"{first.shared_params + report.experts * first.own_params:,}",
             f"{first.size_ratio:.3f}",
-            render.error(max(errors) if len(errors) == len(members) else None),
+            wording.error(max(errors) if len(errors) == len(members) else None),
         )
-    render.show(table)
-    totals = render.table("", "parameters", "weight files")
-    totals.add_row("before", f"{report.before.params:,}", render.size(report.before.bytes))
+    tables.show(table)
+    totals = tables.table("", "parameters", "weight files")
+    totals.add_row("before", f"{report.before.params:,}", wording.size(report.before.bytes))
     number = f"{report.experts} expert" + "s" * (report.experts > 1)
-    totals.add_row(number, f"{report.totals.params:,}", render.size(report.totals.bytes))
+    totals.add_row(number, f"{report.totals.params:,}", wording.size(report.totals.bytes))
     if report.share != "dense":
         totals.add_row(number.replace("expert", "dense expert"), f"{report.dense_experts_params:,}", "", style="dim")
-    render.show(totals)
+    tables.show(totals)
     networks = f"{report.networks} network" + "s" * (report.networks > 1)
-    render.out.print(f"{networks}, routers with {report.router_params:,} parameters")
-    for line in render.notes(report.kept):
-        render.out.print(line, style="dim")
-    render.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+    console.out.print(f"{networks}, routers with {report.router_params:,} parameters")
+    for line in wording.notes(report.kept):
+        console.out.print(line, style="dim")
+    console.err.print(f"written to {report.out} in {report.seconds:.1f} s")

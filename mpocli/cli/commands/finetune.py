@@ -60,14 +60,14 @@ def command(
     """
     config = options.ready_to_train(config)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.finetune import run as finetune
     from mpocli.methods.finetune import seeds as finetune_seeds
 
     destination = out or options.default_out(model, "finetuned")
-    with options.resumable(destination), quiet.transformers(), render.training_bar("finetune") as progress:
-        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": render.warn}
+    with options.resumable(destination), quiet.transformers(), bars.training_bar("finetune") as progress:
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress, "warn": console.warn}
         if seeds:
             reports = finetune_seeds.run_seeds(model, config, destination, seeds, **how)
         else:
@@ -75,15 +75,15 @@ def command(
     if not reports[0].is_writer:
         return
     found = finetune_seeds.summary(str(destination), seeds, reports) if seeds else reports[0]
-    render.report("finetune", found, lambda: _show(reports, seeds or (), str(destination)), json=json)
+    console.report("finetune", found, lambda: _show(reports, seeds or (), str(destination)), json=json)
 
 
 def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -> None:
     """Metrics before and after, what was trained, and where the result is."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables
 
     first = reports[0]
-    table = render.table("metric", "before", "after", *(("test",) if first.test_metrics else ()))
+    table = tables.table("metric", "before", "after", *(("test",) if first.test_metrics else ()))
     for name in first.metrics:
         before = [report.metrics_before[name] for report in reports if name in report.metrics_before]
         after = [report.metrics[name] for report in reports]
@@ -91,14 +91,14 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
         row = [_spread(before), _spread(after), *((_spread(tested),) if first.test_metrics else ())]
         table.add_row(name, *row)
     if first.metrics:
-        render.show(table)
+        tables.show(table)
     parts = [f"{count:,} {role}" for role, count in first.trainable_by_role.items() if count]
     size = first.overparam.training_params if first.overparam else first.totals.params
     share = first.trainable_params / size
     losses = [report.loss for report in reports if report.loss is not None]
     ended = f", loss {_spread(losses)} at the end" if losses else ""
-    render.out.print(
-        render.spans(
+    console.out.print(
+        console.spans(
             "trained ",
             (f"{first.trainable_params:,}", "bold"),
             f" of {size:,} parameters ({share:.1%}: {', '.join(parts)}) for {first.steps:,} steps{ended}",
@@ -107,16 +107,16 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     if first.overparam is not None:
         _show_expanded(first.overparam)
     for line in _router_lines(first):
-        render.out.print(line)
+        console.out.print(line)
     if first.selected_step != first.steps:
-        render.out.print(f"kept the weights of step {first.selected_step:,}, the best on held-out training data")
+        console.out.print(f"kept the weights of step {first.selected_step:,}, the best on held-out training data")
     for split, cut in first.truncated.items():
         if cut:
-            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+            console.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
     if first.resumed_from:
-        render.err.print(f"resumed from step {first.resumed_from:,}")
+        console.err.print(f"resumed from step {first.resumed_from:,}")
     where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
-    render.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s")
+    console.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s")
 
 
 def _router_lines(report: FinetuneReport) -> list[str]:
@@ -136,22 +136,22 @@ def _router_lines(report: FinetuneReport) -> list[str]:
 
 def _show_expanded(report: OverparamReport) -> None:
     """The matrices that were MPOs, by group, and what is left of that."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("over-parameterised", "after step", "score", "bonds", "parameters", "dense")
+    table = tables.table("over-parameterised", "after step", "score", "bonds", "parameters", "dense")
     for found in sorted(report.expanded, key=lambda found: (found.step, found.group)):
         table.add_row(
-            render.shortened(found.module, 52),
+            wording.shortened(found.module, 52),
             f"{found.step:,}",
             "" if found.score is None else f"{found.score:.3g}",
             ",".join(dict.fromkeys(map(str, found.bond_dims[1:-1]))),
             f"{found.params:,}",
             f"{found.dense_params:,}",
         )
-    render.show(table)
+    tables.show(table)
     if report.score_steps:
-        render.out.print(f"{report.score_steps:,} of the steps trained a copy for the scores")
-    render.out.print(
+        console.out.print(f"{report.score_steps:,} of the steps trained a copy for the scores")
+    console.out.print(
         f"{report.training_params:,} parameters in training, {report.deployed_params:,} deployed; folding moved the "
         f"logits by {report.fold_difference:.1e} (largest {report.largest_logit:.1f})"
     )

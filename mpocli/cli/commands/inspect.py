@@ -32,13 +32,13 @@ def command(
 
       mpocli inspect bert-base-uncased-mpo --verify --base bert-base-uncased
     """
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.errors import InputError
     from mpocli.methods.inspect import run as inspect
 
-    with render.progress_bar("inspect", enabled=config.spectrum or config.verify) as progress:
+    with bars.progress_bar("inspect", enabled=config.spectrum or config.verify) as progress:
         report = inspect.run(model, **vars(config), progress=progress)
-    render.report("inspect", report, lambda: _show(report, one_by_one=bool(config.module)), json=json)
+    console.report("inspect", report, lambda: _show(report, one_by_one=bool(config.module)), json=json)
     if report.problems:
         raise InputError(
             f"{model}: {len(report.problems)} of {report.checks} checks failed; the first: {report.problems[0]}",
@@ -49,38 +49,38 @@ def command(
 
 
 def _show(report: InspectReport, *, one_by_one: bool) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
     if one_by_one:
         _matrices(report)
     else:
-        render.show(_roles(report))
+        tables.show(_roles(report))
     if any(view.action != "kept" and view.relative_error is None for view in report.modules):
-        render.out.print(render.UNKNOWN, style="dim")
+        console.out.print(wording.UNKNOWN, style="dim")
     if again := sum(view.measured_against is not None for view in report.modules):
-        render.out.print(
+        console.out.print(
             f"the errors of {again} MPOs that were truncated again are relative to what they were before", style="dim"
         )
     for view in report.modules:
         if view.singular_values is not None:
             _spectrum(view)
     if report.history:
-        render.err.print("history: " + " → ".join(report.history), style="dim")
+        console.err.print("history: " + " → ".join(report.history), style="dim")
     if report.problems is not None:
         for problem in report.problems:
-            render.err.print(f"✗ {problem}", style="red")
+            console.err.print(f"✗ {problem}", style="red")
         if not report.problems:
-            render.out.print(f"verified: {report.checks} checks, no mismatch", style="green")
+            console.out.print(f"verified: {report.checks} checks, no mismatch", style="green")
         if not report.has_manifest:
-            render.err.print("no mpo.json here: only what config.json says of the cores was checked", style="yellow")
+            console.err.print("no mpo.json here: only what config.json says of the cores was checked", style="yellow")
 
 
 def _roles(report: InspectReport) -> Any:
-    from mpocli.cli import render
+    from mpocli.cli import tables, wording
 
     experts = any(view.experts for view in report.modules)
     columns = ("sparsity",) if report.sparsity is not None else ()
-    table = render.table(
+    table = tables.table(
         "role",
         "changed" if experts else "as MPO",
         "parameters",
@@ -91,27 +91,27 @@ def _roles(report: InspectReport) -> Any:
         *columns,
         "bytes",
     )
-    for role, views in render.by_role(report.modules):
+    for role, views in wording.by_role(report.modules):
         made = [view for view in views if view.action != "kept"]
         known = [view.relative_error for view in made if view.relative_error is not None]
         params = sum(view.params for view in views)
         table.add_row(
             role or "other",
             f"{len(made)} of {len(views)}",
-            render.count(params),
-            render.ratio(params, sum(view.dense_params for view in views)),
-            render.count(sum(view.central_params or 0 for view in made)) if made else "",
-            render.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
-            (render.error(max(known)) if len(known) == len(made) else "?") if made else "",
+            wording.count(params),
+            wording.ratio(params, sum(view.dense_params for view in views)),
+            wording.count(sum(view.central_params or 0 for view in made)) if made else "",
+            wording.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
+            (wording.error(max(known)) if len(known) == len(made) else "?") if made else "",
             *((_share(sum(view.zeros or 0 for view in views), params),) if columns else ()),
-            render.size(sum(view.bytes for view in views)),
+            wording.size(sum(view.bytes for view in views)),
         )
     if report.rest_params:
-        table.add_row("rest", "", render.count(report.rest_params), "1.000", style="dim")
+        table.add_row("rest", "", wording.count(report.rest_params), "1.000", style="dim")
     totals = report.totals
     table.add_section()
     sparse = (_share(report.zeros, totals.params),) if columns else ()
-    whole = render.count(totals.params), f"{totals.ratio:.3f}", "", "", "", *sparse, render.size(totals.bytes)
+    whole = wording.count(totals.params), f"{totals.ratio:.3f}", "", "", "", *sparse, wording.size(totals.bytes)
     table.add_row("model", "", *whole, style="bold")
     return table
 
@@ -121,7 +121,7 @@ def _share(zeros: int, params: int) -> str:
 
 
 def _matrices(report: InspectReport) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import tables, wording
 
     rows = []
     for view in report.modules:
@@ -130,26 +130,26 @@ def _matrices(report: InspectReport) -> None:
         more += f", {view.sparsity:.1%} of {'the central core' if made else 'it'} zero" if view.sparsity else ""
         cells = (
             f"{view.shape[0]}x{view.shape[1]}",
-            render.count(view.params),
+            wording.count(view.params),
             f"{view.params / view.dense_params:.3f}",
-            render.count(view.central_params),
-            render.count(view.auxiliary_params),
-            render.error(view.relative_error) if made else "",
-            (render.bonds(view.bond_dims) if made and view.bond_dims else "dense") + more,
+            wording.count(view.central_params),
+            wording.count(view.auxiliary_params),
+            wording.error(view.relative_error) if made else "",
+            (wording.bonds(view.bond_dims) if made and view.bond_dims else "dense") + more,
         )
         rows.append((view.name, view.role, cells))
-    render.matrices(("shape", "parameters", "ratio", "central", "auxiliary", "err", "<bonds"), rows)
+    tables.matrices(("shape", "parameters", "ratio", "central", "auxiliary", "err", "<bonds"), rows)
 
 
 def _spectrum(view: ModuleView) -> None:
     """Bars of σ_j/σ_1, one line for each inner bond."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables
 
     assert view.singular_values is not None and view.entropy_nats is not None
     shape = f"{','.join(map(str, view.out_dims or ()))}x{','.join(map(str, view.in_dims or ()))}"
-    render.out.print()
-    render.out.print(render.spans((view.name, "bold"), f"  {shape}"))
-    table = render.table("bond", "χ", "σ max", "σ min", "entropy", "of ln χ", "<σ_j, j = 1 … χ")
+    console.out.print()
+    console.out.print(console.spans((view.name, "bold"), f"  {shape}"))
+    table = tables.table("bond", "χ", "σ max", "σ min", "entropy", "of ln χ", "<σ_j, j = 1 … χ")
     for k, (values, entropy) in enumerate(zip(view.singular_values, view.entropy_nats, strict=True), 1):
         most = math.log(len(values)) if len(values) > 1 else 0.0
         table.add_row(
@@ -161,7 +161,7 @@ def _spectrum(view: ModuleView) -> None:
             f"{entropy / most:.0%}" if most else "",
             _bars(values),
         )
-    render.show(table)
+    tables.show(table)
 
 
 def _bars(values: tuple[float, ...]) -> str:

@@ -31,26 +31,26 @@ def command(
     destination = out or options.default_out(model, "merged")
     options.check_out_before_download(model, destination, overwrite=overwrite)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods import merge
 
-    with quiet.transformers(), render.progress_bar("merge") as progress:
+    with quiet.transformers(), bars.progress_bar("merge") as progress:
         report = merge.run(model, destination, **vars(config), overwrite=overwrite, progress=progress)
-    render.report("merge", report, lambda: _show(report), json=json)
+    console.report("merge", report, lambda: _show(report), json=json)
 
 
 def _show(report: MergeReport) -> None:
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("", "before", "after")
+    table = tables.table("", "before", "after")
     table.add_row("matrices as MPO", str(report.merged), "0")
     if report.unpacked:
         table.add_row("tensors as bitmask", str(report.unpacked), "0")
-    table.add_row("parameters", render.count(report.before.params), render.count(report.totals.params))
-    table.add_row("bytes", render.size(report.before.bytes), render.size(report.totals.bytes))
-    render.show(table)
+    table.add_row("parameters", wording.count(report.before.params), wording.count(report.totals.params))
+    table.add_row("bytes", wording.size(report.before.bytes), wording.size(report.totals.bytes))
+    tables.show(table)
     if report.experts:
         what = f"{report.experts} layers have dense experts now, and no stock class has such"
-        render.err.print(f"{what}: loading still needs import mpocli", style="yellow")
-    render.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+        console.err.print(f"{what}: loading still needs import mpocli", style="yellow")
+    console.err.print(f"written to {report.out} in {report.seconds:.1f} s")

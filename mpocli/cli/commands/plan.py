@@ -41,20 +41,20 @@ def command(
         raise UsageError("no budget to plan for", hint="add --ratio 0.5, --max-bytes 300MB or --max-error 0.1")
     options.check_calibration(config.budget)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.decompose import run as decompose
     from mpocli.methods.device import device_of
 
     device_of(config.device)
-    with quiet.transformers(), render.progress_bar("plan") as progress:
+    with quiet.transformers(), bars.progress_bar("plan") as progress:
         report = decompose.run(model, config, options.default_out(model, "mpo"), dry_run=True, progress=progress)
-    render.report("plan", report, lambda: show(report), json=json)
+    console.report("plan", report, lambda: show(report), json=json)
 
 
 def show(report: DecomposeReport) -> None:
     """A line for every matrix that was selected, and what that makes of the model."""
-    from mpocli.cli import render
+    from mpocli.cli import tables, wording
 
     columns = ("<form", "parameters", "ratio", "error", "output", "MACs", "forward", "<bonds")
     rows = []
@@ -63,17 +63,17 @@ def show(report: DecomposeReport) -> None:
             continue
         kept = module.action == "kept"
         errors = (
-            "" if error is None else render.error(error) for error in (module.relative_error, module.weighted_error)
+            "" if error is None else wording.error(error) for error in (module.relative_error, module.weighted_error)
         )
         cells = (
             "dense" if kept else module.form or "as it was",
-            render.count(module.params),
-            render.ratio(module.params, module.dense_params),
+            wording.count(module.params),
+            wording.ratio(module.params, module.dense_params),
             *errors,
             "" if module.macs is None or kept else f"{module.macs / module.dense_params:.2f}",
             "" if kept else module.path or "",
-            "" if kept else render.bonds(module.bond_dims),
+            "" if kept else wording.bonds(module.bond_dims),
         )
         rows.append((module.name, module.role, cells))
-    render.matrices(columns, rows)
+    tables.matrices(columns, rows)
     decompose_.show(report)

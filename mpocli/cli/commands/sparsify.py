@@ -41,29 +41,29 @@ def command(
         config = replace(config, data=replace(config.data, precision=config.optimisation.precision))
     check_options(config)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.sparsify import run as sparsify
 
     destination = out or options.default_out(model, "sparse")
     if not resume:
         options.check_out_before_download(model, destination, overwrite=overwrite)
-    bar = render.training_bar if config.trains else render.progress_bar
+    bar = bars.training_bar if config.trains else bars.progress_bar
     with options.resumable(destination), quiet.transformers(), bar("sparsify") as progress:
         report = sparsify.run(
-            model, config, destination, overwrite=overwrite, resume=resume, progress=progress, warn=render.warn
+            model, config, destination, overwrite=overwrite, resume=resume, progress=progress, warn=console.warn
         )
     if not report.is_writer:
         return
-    render.report("sparsify", report, lambda: _show(report), json=json)
+    console.report("sparsify", report, lambda: _show(report), json=json)
 
 
 def _show(report: SparsifyReport) -> None:
     """What became sparse by role, the files, what was trained, and the metrics."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("role", "pruned", "entries", "left", "sparsity", "dense", "stored")
-    for role, tensors in render.by_role(report.tensors):
+    table = tables.table("role", "pruned", "entries", "left", "sparsity", "dense", "stored")
+    for role, tensors in wording.by_role(report.tensors):
         entries, zeros = (sum(getattr(tensor, name) for tensor in tensors) for name in ("entries", "zeros"))
         table.add_row(
             role or "other",
@@ -71,52 +71,52 @@ def _show(report: SparsifyReport) -> None:
             f"{entries:,}",
             f"{entries - zeros:,}",
             f"{zeros / entries:.1%}",
-            render.size(sum(tensor.dense_bytes for tensor in tensors)),
-            render.size(sum(tensor.bytes for tensor in tensors)),
+            wording.size(sum(tensor.dense_bytes for tensor in tensors)),
+            wording.size(sum(tensor.bytes for tensor in tensors)),
         )
     before, after = report.totals_before, report.totals
     table.add_section()
     left = f"{after.params - report.model_zeros:,}"
-    sizes = render.size(before.bytes), render.size(after.bytes)
+    sizes = wording.size(before.bytes), wording.size(after.bytes)
     table.add_row(
         "model", "", f"{after.params:,}", left, f"{report.model_zeros / after.params:.1%}", *sizes, style="bold"
     )
-    render.show(table)
-    for line in render.notes(report.kept):
-        render.out.print(line, style="dim")
+    tables.show(table)
+    for line in wording.notes(report.kept):
+        console.out.print(line, style="dim")
     cores = [tensor for tensor in report.tensors if "core_" in tensor.name.rpartition(".")[2]]
     if cores:
         others = len(report.tensors) - len(cores)
         line = f"the central cores of {len(cores)} MPOs" + (f" and {others} dense matrices" if others else "")
-        render.out.print(f"pruned: {line}", style="dim")
+        console.out.print(f"pruned: {line}", style="dim")
     _show_training(report)
     for line in report.warnings:
-        render.err.print(line, style="yellow")
+        console.err.print(line, style="yellow")
     for split, cut in (report.truncated or {}).items():
         if cut:
-            render.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+            console.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
     if report.resumed_from:
-        render.err.print(f"resumed from step {report.resumed_from:,}")
-    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
+        console.err.print(f"resumed from step {report.resumed_from:,}")
+    console.err.print(f"written to {report.out} in {report.seconds:.0f} s")
     line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+    console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
 
 
 def _show_training(report: SparsifyReport) -> None:
     """The metrics, and what was trained for how long."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
     columns = [("before", report.metrics_before), ("after", report.metrics), ("test", report.test_metrics)]
     columns = [(title, found) for title, found in columns if found]
     if columns:
-        metrics = render.table("metric", *(title for title, _ in columns))
+        metrics = tables.table("metric", *(title for title, _ in columns))
         for name in columns[-1][1]:
-            metrics.add_row(name, *(render.metric(found[name]) for _, found in columns))
-        render.show(metrics)
+            metrics.add_row(name, *(wording.metric(found[name]) for _, found in columns))
+        tables.show(metrics)
     if report.trainable_by_kind:
         parts = ", ".join(f"{count:,} {kind}" for kind, count in report.trainable_by_kind.items())
-        render.out.print(
-            render.spans(
+        console.out.print(
+            console.spans(
                 "trained ",
                 (f"{report.trainable_params:,}", "bold"),
                 f" parameters for {report.steps:,} steps: {parts}",
@@ -124,6 +124,6 @@ def _show_training(report: SparsifyReport) -> None:
         )
         if report.method == "pst":
             share = report.trainable_params / report.dense_and_scores
-            render.out.print(
+            console.out.print(
                 f"{share:.1%} of what movement pruning trains: the model, and a score for every pruned weight"
             )

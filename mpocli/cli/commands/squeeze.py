@@ -47,7 +47,7 @@ def command(
         picture = plots.check(plot, overwrite=overwrite)
     config = options.ready_to_train(config)
 
-    from mpocli.cli import render
+    from mpocli.cli import console
     from mpocli.cli.rounds import live_rounds
     from mpocli.hf import quiet
     from mpocli.methods.squeeze import run as squeeze
@@ -59,10 +59,10 @@ def command(
         report = squeeze.run(model, config, destination, overwrite=overwrite, resume=resume, watch=watch)
     if not report.is_writer:
         return
-    render.report("squeeze", report, lambda: _show(report), json=json)
+    console.report("squeeze", report, lambda: _show(report), json=json)
     if plot is not None:
         plots.squeeze(picture, report)
-        render.err.print(f"drawn in {plot}")
+        console.err.print(f"drawn in {plot}")
     if report.target_met is False:
         raise TargetNotMetError(
             f"{report.totals.params:,} parameters, the target is {report.target_params:,}: stopped by {_why(report)}",
@@ -92,24 +92,24 @@ def _why(report: SqueezeReport) -> str:
 
 def _show(report: SqueezeReport) -> None:
     """Every round, what was kept, and what it amounts to."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
     from mpocli.cli.rounds import final_table
 
     if report.rounds:
-        render.show(final_table(report.rounds, report.metric, kept=report.kept_round))
-    table = render.table("", "before", "after", *(("test",) if report.test_metrics else ()))
+        tables.show(final_table(report.rounds, report.metric, kept=report.kept_round))
+    table = tables.table("", "before", "after", *(("test",) if report.test_metrics else ()))
     for name in report.metrics:
         tested = (f"{report.test_metrics[name]:.4f}",) if report.test_metrics else ()
         table.add_row(name, f"{report.metrics_before[name]:.4f}", f"{report.metrics[name]:.4f}", *tested)
     before, after = report.totals_before, report.totals
-    table.add_row("parameters", render.count(before.params), render.count(after.params))
+    table.add_row("parameters", wording.count(before.params), wording.count(after.params))
     table.add_row("ratio", f"{before.ratio:.3f}", f"{after.ratio:.3f}")
-    table.add_row("weight files", render.size(before.bytes), render.size(after.bytes))
-    render.show(table)
+    table.add_row("weight files", wording.size(before.bytes), wording.size(after.bytes))
+    tables.show(table)
     if report.rounds and report.kept_round == 0:
-        render.err.print("no round was inside --max-drop: nothing was squeezed", style="yellow")
+        console.err.print("no round was inside --max-drop: nothing was squeezed", style="yellow")
     elif report.rounds:
-        render.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
+        console.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
     if report.resumed_from:
-        render.err.print(f"resumed after round {report.resumed_from}")
-    render.err.print(f"written to {report.out} in {report.seconds:.0f} s")
+        console.err.print(f"resumed after round {report.resumed_from}")
+    console.err.print(f"written to {report.out} in {report.seconds:.0f} s")
