@@ -6,8 +6,9 @@ from __future__ import annotations
 class MpoError(Exception):
     """Base of every error that mpocli raises on purpose.
 
-    `message` says what failed, where, and the two numbers that disagree; `hint` says what to try.
-    The command line prints both and exits with `exit_code`.
+    `message` says what failed, where, and the two numbers that disagree; `hint` says what to try. Code that knows of no
+    command line names a setting as Python does, ‹max_length›. The command line prints both, with its options in the
+    place of settings, and exits with `exit_code`.
 
     >>> str(InputError("no config.json in 'bert'", hint="name a model directory"))
     "no config.json in 'bert' (name a model directory)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from mpocli.cli.settings import as_options
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
@@ -132,6 +135,44 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
         there = {_room(name.partition("/")[2]) for name in names if name.startswith(f"{floor}/")}
         assert there == {*rooms, "__init__"}
     assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
+
+
+# What users of the command line type is known to the floors that hold options, and to those above.
+NAMELESS_FLOORS = ("mpo", "sparse", "nn", "io", "hf", "train")
+
+
+def texts(source: str) -> Iterator[str]:
+    """Every string literal, docstrings and the literal parts of f-strings too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_no_message_below_the_commands_names_an_option() -> None:
+    option = re.compile(r"(?<![\w-])--[a-z]")
+    assert option.search("lower --lr") and not option.search("a--b ---c")
+    named = [
+        f"{file.relative_to(ROOT)}: {text!r}"
+        for floor in NAMELESS_FLOORS
+        for file in sorted((ROOT / "mpocli" / floor).rglob("*.py"))
+        for text in texts(file.read_text())
+        if option.search(text)
+    ]
+    assert named == []
+
+
+def test_every_setting_that_a_message_speaks_of_is_an_option_of_some_command() -> None:
+    commands = json.loads((ROOT / "tests/cli/option_lists.json").read_text())
+    options = {name.partition(",")[0] for listed in commands.values() for name in listed}
+    spoken = {
+        as_options(f"‹{name}›")
+        for floor in NAMELESS_FLOORS
+        for file in (ROOT / "mpocli" / floor).rglob("*.py")
+        for text in texts(file.read_text())
+        for name in re.findall(r"‹(\w+)›", text)
+    }
+    assert len(spoken) > 20
+    assert spoken <= options
 
 
 def circle(sources: dict[str, str]) -> list[str]:

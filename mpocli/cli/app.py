@@ -13,6 +13,7 @@ import typer
 from mpocli import __version__
 from mpocli.cli import notices, signals, streams
 from mpocli.cli.group import Group, add_commands
+from mpocli.cli.settings import as_options
 from mpocli.errors import MpoError
 from mpocli.printable import printable
 
@@ -64,7 +65,7 @@ def _run(arguments: list[str] | None, ending: signals.Ending) -> Any:
         if code == 130:  # typer has turned the interrupt into an exit of its own
             raise KeyboardInterrupt
     except MpoError as error:
-        code = _say(error.message, error.hint, error.exit_code)
+        code = _say(as_options(error.message), as_options(error.hint), error.exit_code)
     except SystemExit as stop:  # typer and older versions of rich make one of a broken pipe
         code = _reader_left() if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BrokenPipeError:

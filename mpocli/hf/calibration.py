@@ -125,7 +125,7 @@ def _block_of(model: nn.Module, name: str) -> str:
 def _not_reached(name: str, batches: int) -> InputError:
     return InputError(
         f"module {name}: no token of {batches} calibration {'batch' if batches == 1 else 'batches'} reaches it",
-        hint="leave it out with --ignore, or calibrate on more text",
+        hint="leave it out with ‹ignore›, or calibrate on more text",
     )
 
 

@@ -106,7 +106,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except InputError as error:
         if "trust_remote_code" in error.message:
-            raise InputError(error.message, hint="pass --trust-remote-code if you trust its code") from error
+            raise InputError(error.message, hint="pass ‹trust_remote_code› if you trust its code") from error
         raise
 
 

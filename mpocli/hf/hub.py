@@ -48,8 +48,8 @@ def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool 
     if is_directory:
         if revision is not None:
             raise UsageError(
-                f"--revision is for hub models, {model} is a local directory",
-                hint="leave --revision out, or name the hub model as organisation/name",
+                f"‹revision› is for hub models, {model} is a local directory",
+                hint="leave ‹revision› out, or name the hub model as organisation/name",
             )
         if (why := why_unreadable(path / "config.json")) is not None:
             if is_there(path / "config.json"):
@@ -83,7 +83,7 @@ def _download(model: str, revision: str | None, trust_remote_code: bool) -> Sour
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{model}: neither a directory here nor a model on the hub ({first_line})",
-            hint="check the name and --revision; a gated model needs `hf auth login`",
+            hint="check the name and ‹revision›; a gated model needs `hf auth login`",
         ) from error
     if not (directory / "config.json").is_file():
         raise InputError(f"{model}: the hub repository has no config.json", hint="it is not a transformers model")

@@ -37,7 +37,7 @@ def load_tokenizer(directory: Path, name: str | None = None, *, trust_remote_cod
     from transformers import AutoTokenizer
 
     source = name or directory
-    hint = "name another with --tokenizer"
+    hint = "name another with ‹tokenizer›"
     if Path(source).is_dir():
         check_side_files(Path(source), TOKENIZER_FILES)
     with foreign(f"{source}: no tokenizer that can be used", hint=hint):

@@ -138,7 +138,7 @@ def select(
     targets: Sequence[str],
     ignore: Sequence[str],
     default_roles: Sequence[str],
-    target_option: str = "--target",
+    target_option: str = "‹target›",
 ) -> list[M]:
     """The weights that the roles and globs choose; either half of a tied pair chooses both.
 
@@ -147,7 +147,7 @@ def select(
     targets by the option that they came from.
     """
     names = [member.name for weight in weights for member in weight.members]
-    for option, globs in ((target_option, targets), ("--ignore", ignore)):
+    for option, globs in ((target_option, targets), ("‹ignore›", ignore)):
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise InputError(f"{option} {glob!r} matches no weight matrix", hint=_nearest(glob, names))

@@ -173,7 +173,7 @@ def _keep(store: Store, sums: Mapping[str, _Sums], leaders: Mapping[str, str], p
         if probed and name in store:
             if not torch.isfinite(torch.tensor(found.trace)):
                 raise NumericsError(
-                    f"module {name}: its gradients are not finite", hint="run the model in float32, or --weights input"
+                    f"module {name}: its gradients are not finite", hint="run the model in float32, or ‹weights› input"
                 )
             store.put_output(name, found.output, found.trace)
 

@@ -45,12 +45,12 @@ class Probe:
         if not found:
             found = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
         if not found:
-            raise InputError("the model's outputs hold nothing to take gradients of", hint="try --weights input")
+            raise InputError("the model's outputs hold nothing to take gradients of", hint="try ‹weights› input")
         generators = [
             torch.Generator().manual_seed(self.seed * 1_000_003 + first + k) for k in range(samples_of(batch))
         ]
         gradients = [gradient(tensor, batch, generators) for tensor in found]
-        with foreign("the model's own code gives no gradients", hint="try --weights input"):
+        with foreign("the model's own code gives no gradients", hint="try ‹weights› input"):
             torch.autograd.backward(found, gradients)
 
     @torch.no_grad()

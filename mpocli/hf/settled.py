@@ -14,9 +14,9 @@ from mpocli.mpo.linalg import dtype_name
 
 
 def settled(manifest: Manifest, survey: Survey, reader: CheckpointReader) -> Manifest:
-    """The manifest with its modules in the model's order, and of each what files and class say in the place of what
-    it says, and with all matrices: whoever writes a manifest writes this, and `inspect --verify` makes it again and
-    compares.
+    """The manifest with its modules in the model's order, each as files and class have it, and with all matrices.
+
+    Whoever writes a manifest writes this, and whoever verifies one makes it again and compares.
 
     Bonds and dims are those of the cores (`survey` compares them); measurements stay as they are. The survey may be
     that of the same class before its matrices were decomposed, `reader` has the files that the manifest describes.

@@ -47,7 +47,7 @@ def build_skeleton(
     name = class_name(config)
     cls: Any = getattr(transformers, name, None) if name else None
     problem = f"no model can be built for architecture {name or None!r} (model_type {config.model_type!r})"
-    hint = "pass --trust-remote-code if the model brings its own code, or update transformers"
+    hint = "pass ‹trust_remote_code› if the model brings its own code, or update transformers"
     with foreign(problem, hint=hint), _bounded(most_parameters), torch.device("meta"):
         if cls is not None:
             return cls._from_config(config)

@@ -15,8 +15,9 @@ Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 def check_apart(writes: Paths, reads: Paths) -> None:
     """`InputError` where a path that is written is, holds or lies in one that is read or also written.
 
-    Both by the option that names them. A file that is read may have neighbours, a directory (a model) may not get
-    any: nothing is written into it. Names that are no paths, as those of hub models, are passed over.
+    Both go by what a user chose them with, as an option, or by what they are: "the input". A file that is read may have
+    neighbours, a directory (a model) may not get any: nothing is written into it. Names that are no paths, as those of
+    hub models, are passed over.
     """
     read = list(_existing(reads))
     written = [(option, path, real_path(path)) for option, path in _listed(writes)]
@@ -28,7 +29,7 @@ def check_apart(writes: Paths, reads: Paths) -> None:
                 problem = f"{path}: {option} and {other_option} {other} lie inside each other"
             else:
                 continue
-            raise InputError(problem, hint=f"choose another {option}" if option.startswith("--") else "")
+            raise InputError(problem, hint="" if option.startswith("the ") else f"choose another {option}")
 
 
 def _listed(paths: Paths) -> Iterator[tuple[str, Path]]:

@@ -29,7 +29,7 @@ class OutputFile:
         if path.exists() and not path.is_file():
             raise self._refused("is no regular file", "name another")
         if path.exists() and not overwrite:
-            raise self._refused("exists", "name another file, or pass --overwrite")
+            raise self._refused("exists", "name another file, or pass ‹overwrite›")
         if not os.access(path.absolute().parent, os.W_OK):
             raise self._refused("nothing can be written there", "name another file")
         self._seen = contents(real_path(path))

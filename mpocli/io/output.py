@@ -26,16 +26,17 @@ def check_output(
 ) -> None:
     """`InputError` unless `path` can become an output directory: absent, empty, or replaceable by request.
 
-    `reads` are the paths that the command reads by option (or the model's alone, None where it has yet to be
-    downloaded), `writes` those that it writes beside `--out`. In a run under `writes_output` the path is then the
-    run's own, and what stands there is remembered: something else is not replaced. What a killed run had moved aside
-    is back at `path` when it is looked at. Without `claims` another process of this run has done all that.
+    `reads` are the paths that the command reads, by what a user chose them with (or the model's alone, None where it
+    has yet to be downloaded), `writes` those that it writes beside the directory. In a run under `writes_output` the
+    path is then the run's own, and what stands there is remembered: something else is not replaced. What a killed run
+    had moved aside is back at `path` when it is looked at. Without `claims` another process of this run has done all
+    that.
     """
     found = reads if isinstance(reads, Mapping) else {"the input": reads}
-    check_apart({"--out": path, **(writes or {})}, found)
+    check_apart({"‹out›": path, **(writes or {})}, found)
     resolved = real_path(path)
     if resolved.is_symlink():
-        raise InputError(f"{path}: is a symbolic link that leads back to itself", hint="choose another --out")
+        raise InputError(f"{path}: is a symbolic link that leads back to itself", hint="choose another ‹out›")
     if resolved.is_mount():
         raise InputError(f"{path}: is a mount point, which cannot be replaced", hint="name a directory in it")
     if claims:
@@ -53,28 +54,28 @@ def check_output(
 def _check_replaceable(path: Path, *, overwrite: bool) -> None:
     if not path.is_dir():
         if path.exists():
-            raise InputError(f"{path}: exists and is not a directory", hint="choose another --out")
+            raise InputError(f"{path}: exists and is not a directory", hint="choose another ‹out›")
         return
     if holds(real_path(path), Path.cwd()):
         raise InputError(
             f"{path}: the working directory lies in it, and would be deleted from under the shell",
-            hint="choose another --out, or run mpocli from elsewhere",
+            hint="choose another ‹out›, or run mpocli from elsewhere",
         )
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{path}: exists and is not empty", hint="choose another --out, or pass --overwrite")
+        raise InputError(f"{path}: exists and is not empty", hint="choose another ‹out›, or pass ‹overwrite›")
     if not (path / "config.json").is_file():
         raise InputError(
-            f"{path}: is not a model directory (no config.json), so --overwrite will not replace it",
-            hint="choose another --out",
+            f"{path}: is not a model directory (no config.json), so ‹overwrite› will not replace it",
+            hint="choose another ‹out›",
         )
     foreign = foreign_files(path)
     if foreign:
         names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InputError(
-            f"{path}: holds {names}, which no model needs and --overwrite would delete",
-            hint="move them elsewhere, or choose another --out",
+            f"{path}: holds {names}, which no model needs and ‹overwrite› would delete",
+            hint="move them elsewhere, or choose another ‹out›",
         )
 
 
@@ -112,7 +113,7 @@ def output_directory(path: Path) -> Iterator[Path]:
 def _unwritable(path: Path, error: Exception) -> InputError:
     return InputError(
         f"{path}: cannot be written ({reason(error)}); nothing was left behind",
-        hint="free some space or choose another --out",
+        hint="free some space or choose another ‹out›",
     )
 
 

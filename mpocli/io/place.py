@@ -59,7 +59,7 @@ def _check_displaced(displaced: Path, own: Claim, undo: Callable[[], object]) ->
 
 def _appeared(path: Path) -> InputError:
     return InputError(
-        f"{path}: something was written there since this run began, and stays as it is", hint="choose another --out"
+        f"{path}: something was written there since this run began, and stays as it is", hint="choose another ‹out›"
     )
 
 

@@ -53,7 +53,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not bool(torch.isfinite(narrow).all()):
         raise NumericsError(
             f"{name}: its largest element, {float(tensor.abs().max()):.3g}, does not fit in {dtype_name(dtype)}",
-            hint="store it wider, as --dtype bfloat16",
+            hint="store it wider, as ‹dtype› bfloat16",
         )
     return narrow
 
@@ -107,7 +107,7 @@ def left_split(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError as error:
         raise NumericsError(
             f"a {rows}x{columns} factorisation did not converge ({error})",
-            hint="try another --shape or --sites for this matrix, or --ignore it",
+            hint="try another ‹shape› or ‹sites› for this matrix, or ‹ignore› it",
         ) from error
     return basis, rest, torch.linalg.vector_norm(rest, dim=1).square()
 

@@ -106,7 +106,7 @@ def n_of_m_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     """
     rows, columns = scores.shape
     if columns % group:
-        raise InputError(f"{columns} input columns are no multiple of {group}", hint="choose another --pattern")
+        raise InputError(f"{columns} input columns are no multiple of {group}", hint="choose another ‹pattern›")
     groups = scores.reshape(rows, columns // group, group)
     order = torch.argsort(groups, dim=-1, stable=True)
     places = torch.arange(group, device=scores.device).expand_as(order)

@@ -50,7 +50,7 @@ def sparsegpt(
     rows, columns = weight.shape
     keep, group = pattern.keep, pattern.group or 1
     if columns % group:
-        raise InputError(f"{columns} input columns are no multiple of {group}", hint="choose another --pattern")
+        raise InputError(f"{columns} input columns are no multiple of {group}", hint="choose another ‹pattern›")
     _check_finite(weight, "the weight")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
     root = _inverse_root(gram.to(dtype), damping)

@@ -32,13 +32,13 @@ class CubicSchedule:
                 raise UsageError(f"--{option} {share}: must be at least 0 and below 1", hint="it is a share of steps")
         if self.initial_warmup + self.final_warmup >= 1:
             raise UsageError(
-                f"--initial-warmup {self.initial_warmup} and --final-warmup {self.final_warmup}: together "
+                f"‹initial_warmup› {self.initial_warmup} and ‹final_warmup› {self.final_warmup}: together "
                 f"{self.initial_warmup + self.final_warmup:g}, must be below 1",
                 hint="sparsity rises in what is left between them",
             )
         if not 0 <= self.initial <= self.final < 1:
             raise UsageError(
-                f"--initial-sparsity {self.initial}, --sparsity {self.final}: 0 ≤ initial ≤ final < 1 was expected",
+                f"‹initial_sparsity› {self.initial}, ‹sparsity› {self.final}: 0 ≤ initial ≤ final < 1 was expected",
                 hint="write 90 % as 0.9",
             )
 

@@ -42,14 +42,14 @@ def family_of(task: Task, config: PretrainedConfig) -> Family:
     elif kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         family = "causal"
     else:
-        raise InputError(f"--task {task.name}: a {kind} model is no language model", hint="choose another --task")
+        raise InputError(f"‹task› {task.name}: a {kind} model is no language model", hint="choose another ‹task›")
     if task.kind == "lm" and family == "seq2seq":
         raise InputError(
-            f"--task lm: a {kind} model is an encoder-decoder, and lm needs a causal or a masked one",
-            hint="use --task text2text",
+            f"‹task› lm: a {kind} model is an encoder-decoder, and lm needs a causal or a masked one",
+            hint="use ‹task› text2text",
         )
     if task.kind == "text2text" and family == "masked":
-        raise InputError(f"--task {task.name}: a {kind} encoder cannot write text", hint="name a causal or seq2seq one")
+        raise InputError(f"‹task› {task.name}: a {kind} encoder cannot write text", hint="name a causal or seq2seq one")
     return family
 
 
@@ -87,7 +87,7 @@ def load_model(
         if label_names:
             options["id2label"] = dict(enumerate(label_names))
             options["label2id"] = {name: index for index, name in enumerate(label_names)}
-    hint = "choose a --task that the model can do"
+    hint = "choose a ‹task› that the model can do"
     # The head of another task may have this one's name: it makes way, and nothing else does.
     makes_way = family == "encoder" and not class_name(config).endswith(_CLASSIFIER)
     options |= {"output_loading_info": True, **({"ignore_mismatched_sizes": True} if makes_way else {})}

@@ -115,5 +115,5 @@ def test_a_repository_without_a_config_is_refused(hub: Hub) -> None:
 def test_a_revision_of_a_local_directory_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)).directory == tmp_path
-    with pytest.raises(UsageError, match=r"--revision is for hub models, .* is a local directory"):
+    with pytest.raises(UsageError, match=r"‹revision› is for hub models, .* is a local directory"):
         resolve(str(tmp_path), revision="main")

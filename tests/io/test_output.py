@@ -94,7 +94,7 @@ def test_a_directory_may_be_absent_empty_or_a_model_to_overwrite(tmp_path: Path)
     out.mkdir()
     check_output(out, source, overwrite=False)
     (out / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="‹overwrite›"):
         check_output(out, source, overwrite=False)
     check_output(out, source, overwrite=True)
     (out / "config.json").rename(out / "thesis.tex")
@@ -117,7 +117,7 @@ def test_remains_are_swept_before_the_output_is_checked(tmp_path: Path) -> None:
     aside = tmp_path / ".out.partial" / "replaced"
     aside.mkdir(parents=True)
     (aside / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="‹overwrite›"):
         check_output(tmp_path / "out", tmp_path / "source", overwrite=False)
     assert _names(tmp_path) == {"out"} and _names(tmp_path / "out") == {"config.json"}
 

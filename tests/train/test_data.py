@@ -260,17 +260,17 @@ def test_a_file_with_a_header_alone_is_refused(write: Write) -> None:
 
 def test_a_missing_column_names_those_present(write: Write) -> None:
     source = write("a.tsv", "text\tclass\na\t1\n")
-    assert "--text-column" in fails(source, "no column sentence", "text, class").hint
+    assert "‹text_column›" in fails(source, "no column sentence", "text, class").hint
     error = fails(source, "no column label", "text, class", text_columns=["text"])
-    assert "--label-column" in error.hint
+    assert "‹label_column›" in error.hint
     assert read_examples(source, SST2, text_columns=["text"], label_column="class").labels == (1,)
 
 
 def test_a_generic_task_without_columns_is_a_usage_error_that_names_them(write: Write) -> None:
     source = write("a.csv", "t,y\na,1\n")
-    with pytest.raises(UsageError, match=r"--text-column.*t, y"):
+    with pytest.raises(UsageError, match=r"‹text_column›.*t, y"):
         read_examples(source, GENERIC)
-    with pytest.raises(UsageError, match=r"--label-column.*t, y"):
+    with pytest.raises(UsageError, match=r"‹label_column›.*t, y"):
         read_examples(source, GENERIC, text_columns=["t"])
     with pytest.raises(UsageError, match="at most two"):
         read_examples(source, GENERIC, text_columns=["t", "t", "t"])
@@ -342,7 +342,7 @@ def test_limit_is_a_seeded_subset_in_file_order(write: Write) -> None:
 def test_a_limit_above_the_rows_keeps_all_and_one_below_1_is_a_usage_error(write: Write) -> None:
     source = write("a.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     assert read_examples(source, SST2, limit=3) == read_examples(source, SST2)
-    with pytest.raises(UsageError, match="--limit 0"):
+    with pytest.raises(UsageError, match="‹limit› 0"):
         read_examples(source, SST2, limit=0)
 
 

@@ -143,9 +143,9 @@ def test_a_maximum_without_room_for_a_token_is_a_usage_error() -> None:
     single, pair = examples(["a"]), examples(["a"], None, ["b"])
     assert encode(single, SST2, bert(), max_length=3, family="encoder").features[0]["input_ids"][0] == 2
     assert encode(pair, RTE, bert(), max_length=5, family="encoder").truncated == 0
-    with pytest.raises(UsageError, match="--max-length 2"):
+    with pytest.raises(UsageError, match="‹max_length› 2"):
         encode(single, SST2, bert(), max_length=2, family="encoder")
-    with pytest.raises(UsageError, match="--max-length 4"):
+    with pytest.raises(UsageError, match="‹max_length› 4"):
         encode(pair, RTE, bert(), max_length=4, family="encoder")
 
 
@@ -227,7 +227,7 @@ def test_text_to_text_needs_a_model_that_writes_a_tokenizer_that_ends_and_room()
         encode(rows, E2E, bert(), max_length=16, family="encoder")
     with pytest.raises(InputError, match="no end-of-sequence"):
         encode(rows, E2E, bert(), max_length=16, family="causal")
-    with pytest.raises(UsageError, match="--max-length"):
+    with pytest.raises(UsageError, match="‹max_length›"):
         encode(rows, E2E, gpt2(), max_length=len(gpt2()(SEPARATOR)["input_ids"]) + 2, family="causal")
 
 
@@ -399,9 +399,9 @@ def test_a_text_longer_than_the_models_maximum_gives_no_advice(caplog: pytest.Lo
 def test_windows_need_room_and_tokens() -> None:
     assert lm_windows("a b c", bert(), 3, masked=True).ids[0][0] == 2
     assert len(lm_windows("a b c", gpt2(), 2).ids[0]) == 2
-    with pytest.raises(UsageError, match="--max-length 2"):
+    with pytest.raises(UsageError, match="‹max_length› 2"):
         lm_windows("a b c", bert(), 2, masked=True)
-    with pytest.raises(UsageError, match="--max-length 1"):
+    with pytest.raises(UsageError, match="‹max_length› 1"):
         lm_windows("a b c", gpt2(), 1)
     with pytest.raises(InputError, match="no tokens"):
         lm_windows(" \n", bert(), 8, masked=True)

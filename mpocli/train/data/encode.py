@@ -49,12 +49,12 @@ def encode(
     vocabulary = vocabulary or Vocabulary(tokenizer)
     if task.kind == "text2text" and family == "encoder":
         raise UsageError(
-            f"--task {task.name}: an encoder cannot write text", hint="name a causal or an encoder-decoder model"
+            f"‹task› {task.name}: an encoder cannot write text", hint="name a causal or an encoder-decoder model"
         )
     pair = examples.pairs is not None
     reserved = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= reserved + pair:
-        raise UsageError(f"--max-length {max_length}: the tokenizer alone adds {reserved} special tokens")
+        raise UsageError(f"‹max_length› {max_length}: the tokenizer alone adds {reserved} special tokens")
     if task.kind == "text2text" and family == "causal":
         made = _causal(examples, tokenizer, max_length)
         _check_ids(made.features, examples, vocabulary)
@@ -141,7 +141,7 @@ def _causal(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     ending = [] if examples.labels is None else [eos]
     room = max_length - len(before) - len(separator) - len(ending)
     if room < 2:
-        raise UsageError(f"--max-length {max_length}: no room for a source and a target")
+        raise UsageError(f"‹max_length› {max_length}: no room for a source and a target")
     features, truncated = [], 0
     for source, target in zip(sources, targets, strict=True):
         keep_source, keep_target = _longest_first(len(source), len(target), room)

@@ -66,7 +66,7 @@ def read_examples(
     among the task's or not a finite number.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: at least one row is needed")
+        raise UsageError(f"‹limit› {limit}: at least one row is needed")
     table = open_source(source, task, text_columns, split)
     columns, label = choose_columns(table, task, text_columns, label_column, needs_labels)
 

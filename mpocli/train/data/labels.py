@@ -33,7 +33,7 @@ def classes_of(
             kind = {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
             raise InputError(
                 f"{where(index)}: label {short(value)} is {kind}, and a class is one name or number",
-                hint="give each row one label, or choose another --label-column",
+                hint="give each row one label, or choose another ‹label_column›",
             )
         check_text(str(value), where(index))
     texts = [str(value).strip() for value in values]
@@ -50,7 +50,7 @@ def classes_of(
             if position is None:
                 raise InputError(
                     f"{where(index)}: label {short(text)!r} is not one of the {len(names)}: {listed(names)}",
-                    hint="correct the row, or choose another --label-column; test sets often come without labels",
+                    hint="correct the row, or choose another ‹label_column›; test sets often come without labels",
                 )
             known[text] = position
     return tuple([known[text] for text in texts]), names
@@ -111,12 +111,12 @@ def _inferred(values: Sequence[str], where: Locations) -> tuple[str, ...]:
     if fractions:
         raise InputError(
             f"{where.source}: label {short(min(fractions))!r} is no class but a number",
-            hint="use --task regression, or choose another --label-column",
+            hint="use ‹task› regression, or choose another ‹label_column›",
         )
     if len(distinct) < 2:
         raise InputError(
             f"{where.source}: {len(distinct)} class ({listed(sorted(distinct))}) in {len(values)} rows, 2 are needed",
-            hint="choose another --label-column",
+            hint="choose another ‹label_column›",
         )
     if None not in numbers.values():
         return tuple(sorted({str(int(number)) for number in numbers.values() if number is not None}, key=int))

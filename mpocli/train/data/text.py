@@ -28,7 +28,7 @@ def read_text(source: str, *, text_column: str | None = None, split: str | None 
     else:
         column = text_column or "text"
         table = open_source(source, None, (), split)
-        require_column(table, (column,), "--text-column")
+        require_column(table, (column,), "text_column")
         lines, rows = [], []
         for line, row in table.pick([column]):
             lines.append(line)

@@ -16,7 +16,7 @@ def tokenizing(tokenizer: Any) -> AbstractContextManager[None]:
     """Around a call of the tokenizer: what it cannot read becomes an `InputError`."""
     return foreign(
         f"the tokenizer ({type(tokenizer).__name__}) cannot read the text",
-        hint="restore its files, or name another with --tokenizer",
+        hint="restore its files, or name another with ‹tokenizer›",
     )
 
 

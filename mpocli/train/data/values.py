@@ -45,7 +45,7 @@ def scores_of(values: Sequence[Any], where: Locations, bounds: tuple[float, floa
         if not low <= number <= high:
             raise InputError(
                 f"{where(index)}: score {number:g} is outside {low:g} to {high:g}",
-                hint="is this a test set without labels, or another scale? --task regression takes any",
+                hint="is this a test set without labels, or another scale? ‹task› regression takes any",
             )
         scores.append(number)
     return tuple(scores)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpocli.errors import InputError
 
-_HINT = "resize the model's embedding to its tokenizer (resize_token_embeddings), or name its own with --tokenizer"
+_HINT = "resize the model's embedding to its tokenizer (resize_token_embeddings), or name its own with ‹tokenizer›"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Vocabulary:
             raise InputError(
                 f"the tokenizer ({type(self.tokenizer).__name__}) has no mask token, which a masked language model "
                 "is asked with",
-                hint="set mask_token in its tokenizer_config.json, or choose another --task",
+                hint="set mask_token in its tokenizer_config.json, or choose another ‹task›",
             )
         self.check([int(found)], "the mask token")
         return int(found)
@@ -88,7 +88,7 @@ class Vocabulary:
         if self.types is not None and types and max(types) >= self.types:
             raise InputError(
                 f"{where}: the tokenizer gives token type {max(types)}, the model's table has {self.types} rows",
-                hint="name the model's own tokenizer with --tokenizer",
+                hint="name the model's own tokenizer with ‹tokenizer›",
             )
 
     def check_decoder(self, config: Any) -> None:

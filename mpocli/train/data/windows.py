@@ -39,7 +39,7 @@ def lm_windows(
     before, after = surroundings(tokenizer)
     room = max_length - len(before) - len(after) if masked else max_length
     if room < (1 if masked else 2):
-        raise UsageError(f"--max-length {max_length}: no room for a token to predict")
+        raise UsageError(f"‹max_length› {max_length}: no room for a token to predict")
     tokens = tokenise(text, tokenizer)
     if not tokens:
         raise InputError("the text has no tokens", hint="name a file with text")

@@ -104,10 +104,10 @@ def _result(directory: Path, record: dict[str, Any], *, cached: bool) -> DemoMod
 def _check_replaceable(directory: Path) -> None:
     """`InputError` if putting the models at `directory` would take away anything but older ones."""
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: exists and is not a directory", hint="choose another --cache")
+        raise InputError(f"{directory}: exists and is not a directory", hint="choose another ‹cache›")
     present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
     if foreign := present - {"bert", "gpt2", "held_out.txt", "demo.json"}:
         raise InputError(
             f"{directory}: holds {sorted(foreign)[0]}, which the demo models would replace",
-            hint="choose another --cache",
+            hint="choose another ‹cache›",
         )

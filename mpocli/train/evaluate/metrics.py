@@ -31,7 +31,7 @@ def compute(task: Task, predictions: Sequence[Any], labels: Sequence[Any], *, su
         guess, truth = guess.astype(np.float64), truth.astype(np.float64)
         bad = int(np.count_nonzero(~np.isfinite(guess)))
         if bad:
-            raise NumericsError(f"{bad} of {len(guess)} predicted scores are not finite", hint="lower --lr")
+            raise NumericsError(f"{bad} of {len(guess)} predicted scores are not finite", hint="lower ‹lr›")
     return {f"{name}{suffix}": metric(guess, truth) for name, metric in measured.items()}
 
 
@@ -53,7 +53,7 @@ def perplexity(total_nll: float, count: int) -> float:
     if not math.isfinite(value):
         raise NumericsError(
             f"the perplexity overflows: {total_nll:g} nats over {count} are {mean:g} each",
-            hint="the model is broken: loosen the truncation or lower --lr",
+            hint="the model is broken: loosen the truncation or lower ‹lr›",
         )
     return value
 

@@ -261,7 +261,7 @@ def _timed(
     moved = {key: value.to(device) for key, value in inputs.items()}
     run.sizes.append(int(inputs["attention_mask"].sum()))
     started = time.perf_counter()
-    with foreign(f"a {type(model).__name__} cannot be run on this data", hint="choose another --task or --max-length"):
+    with foreign(f"a {type(model).__name__} cannot be run on this data", hint="choose another ‹task› or ‹max_length›"):
         result = call(moved)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

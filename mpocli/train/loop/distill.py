@@ -54,7 +54,7 @@ def soft_loss(student: Tensor, teacher: Tensor, labels: Tensor | None, temperatu
     if student.shape[-1] != teacher.shape[-1]:
         raise InputError(
             f"the teacher predicts {teacher.shape[-1]} classes, the student {student.shape[-1]}",
-            hint="name a --teacher of the same task and vocabulary",
+            hint="name a ‹teacher› of the same task and vocabulary",
         )
     if student.shape[-1] == 1:
         return F.mse_loss(student.float(), teacher.float())
@@ -75,8 +75,8 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
     """
     if student[-1].shape[-1] != teacher[-1].shape[-1]:
         raise InputError(
-            f"--distill-hidden: the teacher is {teacher[-1].shape[-1]} wide, the student {student[-1].shape[-1]}",
-            hint="leave out --distill-hidden",
+            f"‹distill_hidden›: the teacher is {teacher[-1].shape[-1]} wide, the student {student[-1].shape[-1]}",
+            hint="leave out ‹distill_hidden›",
         )
     steps = [round(k * (len(teacher) - 1) / max(1, len(student) - 1)) for k in range(len(student))]
     real = mask.bool()

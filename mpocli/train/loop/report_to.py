@@ -28,7 +28,7 @@ def check_report_to(names: Sequence[str]) -> None:
             except Exception as error:  # a reporter's own code: anything can come out of it
                 problem = str(error).strip() or type(error).__name__
             if problem:  # out of the handler, so that what was half made is gone
-                raise UsageError(f"--report-to {name}: {problem.splitlines()[0]}", hint="leave it out, or install it")
+                raise UsageError(f"‹report_to› {name}: {problem.splitlines()[0]}", hint="leave it out, or install it")
 
 
 @contextmanager

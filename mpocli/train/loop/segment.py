@@ -49,5 +49,5 @@ def _unwritable(trainer: SegmentTrainer, error: Exception) -> InputError:
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(
         f"{directory}: a checkpoint cannot be written ({first_line})",
-        hint="free some space and run again" + (" with --resume" if last_checkpoint(directory) else ""),
+        hint="free some space and run again" + (" with ‹resume›" if last_checkpoint(directory) else ""),
     )

@@ -145,11 +145,11 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with foreign(f"a {type(self.model).__name__} cannot be trained on this data", hint="choose another --task"):
+        with foreign(f"a {type(self.model).__name__} cannot be trained on this data", hint="choose another ‹task›"):
             loss: Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
             raise NumericsError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}", hint="lower --lr or --mpo-lr"
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}", hint="lower ‹lr› or ‹mpo_lr›"
             )
         return loss
 
@@ -170,7 +170,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         )
         missing = sorted(report["missing_keys"])
         if missing:
-            raise InputError(f"{resume_from_checkpoint}: lacks {missing[0]}", hint="begin anew with --overwrite")
+            raise InputError(f"{resume_from_checkpoint}: lacks {missing[0]}", hint="begin anew with ‹overwrite›")
         tensors = saved.state_dict(keep_vars=True)
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tensor.copy_(tensors[name])
@@ -179,7 +179,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise NumericsError(
-                    f"{name} is not finite after step {self.state.global_step}", hint="lower --lr or --mpo-lr"
+                    f"{name} is not finite after step {self.state.global_step}", hint="lower ‹lr› or ‹mpo_lr›"
                 )
         self.running.note()
         super()._save_checkpoint(*args, **kwargs)
