@@ -1,4 +1,7 @@
-"""Processes that have imported transformers and never mpocli: one server has, and forks for each script."""
+"""Processes that have imported transformers and never mpocli: one server has, and forks for each script.
+
+The server of `cli.processes` begins as such a process too: importing torch and transformers once is enough.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch",
         "transformers.models.auto.modeling_auto",
@@ -38,7 +41,7 @@ def run_stranger(script: str, *arguments: object, cwd: Path) -> Ended:
     """Run Python statements in a process without mpocli, in the directory `cwd`, beside which its output is kept."""
     log = f"{cwd}.stranger"
     given = {"log": log, "cwd": str(cwd), "arguments": [str(argument) for argument in arguments], "__name__": "script"}
-    process = _CONTEXT.Process(target=exec, args=(_BEGINNING + script, given))
+    process = CONTEXT.Process(target=exec, args=(_BEGINNING + script, given))
     process.start()
     process.join()
     assert process.exitcode is not None

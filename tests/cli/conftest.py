@@ -123,9 +123,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(lab: Path) -> Iterator[Server]:
     """`mpocli` in processes of its own. It has imported what training takes, which would be most of a run."""
-    heavy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
-    methods = "mpocli.methods.finetune.run", "mpocli.methods.squeeze.run", "torch.distributed.launcher.api"
-    with Server(lab / "body", *methods, "transformers.models.bert.modeling_bert", *heavy) as running:
+    lazy = "accelerate.data_loader", "sklearn.metrics", "scipy.stats", "torch.distributed.tensor"
+    lazy += "torch.distributed.launcher.api", "transformers.models.gpt2.modeling_gpt2"
+    with Server(lab / "body", *lazy) as running:
         yield running
 
 

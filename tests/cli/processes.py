@@ -1,7 +1,7 @@
 """`mpocli` in real processes that start in no time: a server imports everything once and forks for each run.
 
-Run as a script it is that server: one JSON line in (what `Server.run` is given), one line out, the exit code and the
-seconds of processor time. A run's output goes to `<log>.out` and `<log>.err`.
+The server is given what `Server.run` is and answers with the exit code and the seconds of processor time. What a run
+prints goes to `<log>.out` and `<log>.err`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
+
+from strangers import CONTEXT
 
 WRITE = "a change of the file system"
 
@@ -50,29 +52,24 @@ class Ended:
 
 
 class Server:
-    """Use as a context manager; one run at a time. `model` is decomposed once to load what is loaded lazily, and
-    `modules` are imported."""
+    """Use as a context manager; one run at a time. `model` is decomposed once to load what is loaded lazily, all of
+    mpocli is imported, and `modules` of others are."""
 
     def __init__(self, model: Path, *modules: str) -> None:
         self._model, self._modules = model, modules
 
     def __enter__(self) -> Server:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, self._model, *self._modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # a pool of threads does not survive a fork
-        )
+        self._connection, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_serve, args=(theirs, str(self._model), self._modules))
+        self._process.start()
+        theirs.close()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._connection.close()
+        self._process.join()
 
     def run(
         self,
@@ -89,20 +86,19 @@ class Server:
         """`mpocli arguments…`. `limit`: no file may grow beyond so many bytes (EFBIG, much like a full disk).
         `out`: what stdout is; a closed pipe is `| head` after it has left. `ranks`: under torchrun, as so many
         processes. `before`: statements that each process executes first. `watch`: note the changes that it makes."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         request = {
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd),
             "log": str(log),
-            "moment": moment and vars(moment),
+            "moment": moment,
             "limit": limit,
             "out": out,
             "ranks": ranks,
             "before": before,
             "watch": watch,
         }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        code, cpu = json.loads(self._process.stdout.readline())
+        self._connection.send(request)
+        code, cpu = self._connection.recv()
         out_text, err_text = (Path(f"{log}.{name}").read_text(errors="replace") for name in ("out", "err"))
         noted = Path(f"{log}.writes").read_text().splitlines() if watch else []
         return Ended(code, cpu, out_text, err_text, tuple(tuple(json.loads(line)) for line in noted))
@@ -207,26 +203,34 @@ def _torchrun(ranks: int, main: Callable[[list[str]], NoReturn], arguments: list
     sys.exit(0)
 
 
-def _serve() -> None:
+def _serve(connection: Connection, model: str, modules: tuple[str, ...]) -> None:
     import resource
     from contextlib import redirect_stderr, redirect_stdout
     from importlib import import_module
     from io import StringIO
+    from pkgutil import walk_packages
 
+    import mpocli
     from mpocli.cli.app import main
 
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         try:
-            main(["decompose", sys.argv[1], "--dry-run", "--rel-tol", "0.5"])
+            main(["decompose", model, "--dry-run", "--rel-tol", "0.5"])
         except SystemExit as stop:
             assert not stop.code
-    for name in sys.argv[2:]:
+    ours = [found.name for found in walk_packages(mpocli.__path__, "mpocli.") if found.name != "mpocli.__main__"]
+    for name in [*ours, *modules]:
         import_module(name)
+    os.fsync = lambda descriptor: None  # as in the tests' own process
     gc.freeze()  # or every child would copy the pages that its first collection touches
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
         pid = os.fork()
         if pid == 0:
+            connection.close()
             sys.dont_write_bytecode = True  # of what is imported late in a new environment
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for number, suffix in ((1, ".out"), (2, ".err")):
@@ -245,13 +249,8 @@ def _serve() -> None:
             if request["watch"]:
                 _watch(f"{request['log']}.writes")
             if request["moment"]:
-                _arm(Moment(**request["moment"]))
+                _arm(request["moment"])
             exec(request["before"], {})
             _run(partial(_torchrun, request["ranks"], main) if request["ranks"] else main, request["arguments"])
         _, status, used = os.wait4(pid, 0)
-        sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    _serve()
+        connection.send((os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime))

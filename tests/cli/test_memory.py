@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
+from cli.processes import Server
 from cli.shell import WEIGHTS
 from mpocli.io.checkpoint import CheckpointReader
 
@@ -22,7 +20,7 @@ LAYER = 4 * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INTERMEDIATE)  # bytes of a laye
 
 # Prints the peak in bytes after the imports, after decomposing, and after holding all tensors as read and in float64.
 _PROBE = """
-import os, re, sys
+import os, re
 from pathlib import Path
 import torch
 from transformers import T5EncoderModel
@@ -33,7 +31,7 @@ from mpocli.config.decompose import DecomposeConfig
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-model, out = map(Path, sys.argv[1:])
+model, out = Path("{layers}"), Path("{layers}-mpo")
 peaks = [peak()]
 decompose.run(str(model), DecomposeConfig(trunc=16), out)
 peaks.append(peak())
@@ -63,20 +61,15 @@ def _save(directory: Path, layers: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, int]]:
+def peaks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, int]]:
     """Layers → peak bytes of decomposing, and of holding the model, beyond the peak of the imports."""
     home = tmp_path_factory.mktemp("memory")
-    # One thread each: two processes with two threads each on two cores take ten times as long.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = {}
+    found = {}
     for layers in (2, 12):
         _save(home / f"{layers}", layers)
-        command = [sys.executable, "-c", _PROBE, str(home / f"{layers}"), str(home / f"{layers}-mpo")]
-        running[layers] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    found = {}
-    for layers, process in running.items():
-        answer, _ = process.communicate()
-        assert process.returncode == 0
+        ended = server.run(cwd=home, log=home / "log", before=_PROBE.format(layers=layers))
+        assert ended.code == 0, ended.err
+        answer = ended.out
         imports, decomposing, holding = map(int, answer.split())
         found[layers] = decomposing - imports, holding - imports
         manifest = json.loads((home / f"{layers}-mpo" / "mpo.json").read_text())

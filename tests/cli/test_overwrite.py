@@ -7,8 +7,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -385,13 +383,14 @@ def test_what_appears_at_the_output_meanwhile_is_not_deleted(
     assert tree(work).keys() == {"out", "out/thesis.tex"}
 
 
-def test_two_processes_with_one_output_end_with_0_and_3(stage: Stage, bert: Path, work: Path) -> None:
+def test_two_processes_with_one_output_end_with_0_and_3(
+    stage: Stage, server: Server, bert: Path, work: Path, tmp_path: Path
+) -> None:
     """Really at once: the second is started by the first, when that is about to write its weights."""
     command = ["decompose", str(bert), "--trunc", "24", "-o", "out"]
-    script = f"""
-import os, sys
+    before = f"""
+import os
 from mpocli.cli.app import main
-from mpocli.io.output import output_directory
 from mpocli.io.writer import CheckpointWriter
 finish = CheckpointWriter.finish
 def second(self):
@@ -403,9 +402,8 @@ def second(self):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     return finish(self)
 CheckpointWriter.finish = second
-main({command})
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=work, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "another process is writing" in done.stderr and tree(work / "out") == stage.new
+    done = server.run(*command, cwd=work, log=tmp_path / "log", before=before)
+    assert done.code == 0, done.err
+    assert "another process is writing" in done.err and tree(work / "out") == stage.new
     assert [path.name for path in work.iterdir()] == ["out"]

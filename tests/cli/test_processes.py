@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +10,11 @@ from pathlib import Path
 import pytest
 
 from cli.processes import Server
-from cli.shell import WEIGHTS, tree
-
-_SCRIPT = """
-import json, os, sys
-from mpocli.cli.app import main
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        assert not stop.code, (arguments, stop.code)
-sys.stdout.flush()
-os._exit(0)
-"""
+from cli.shell import WEIGHTS, Cli, succeeded, tree
 
 
 def test_same_input_options_and_seed_give_byte_identical_directories(
-    bert: Path, gpt2: Path, t5: Path, tmp_path: Path
+    cli: Cli, server: Server, bert: Path, gpt2: Path, t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes with other hash seeds, working directories and output names; two seeds differ."""
 
@@ -40,19 +27,15 @@ def test_same_input_options_and_seed_give_byte_identical_directories(
             ["merge", f"{name}-again", "-o", f"{name}-dense"],
         ]
 
-    def start(name: str, hash_seed: str) -> subprocess.Popen[bytes]:
+    for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        return subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, json.dumps(commands(name))],
-            cwd=tmp_path / name,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    for process in [start("one", "1"), start("two", "22222")]:
-        _, stderr = process.communicate()
-        assert process.returncode == 0, stderr.decode()
+    monkeypatch.chdir(tmp_path / "one")
+    for command in commands("one"):
+        succeeded(cli(*command))
+    other = f"assert hash('two') != {hash('two')}, 'the same hash seed'"
+    for command in commands("two"):
+        ended = server.run(*command, cwd=tmp_path / "two", log=tmp_path / "log", before=other)
+        assert ended.code == 0, ended.err
     for step in ("bert", "gpt2", "t5", "again", "dense"):
         # The first command's output is the fourth's input, and a checkpoint's name is that of its folder.
         one, two = tree(tmp_path / "one" / f"one-{step}"), tree(tmp_path / "two" / f"two-{step}")
