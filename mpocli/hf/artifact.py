@@ -80,11 +80,11 @@ class Checkpoint(Metadata[CheckpointReader]):
 
     @property
     def encodings(self) -> dict[str, Encoding]:
-        """Of the tensors that the files do not hold as they are."""
+        """The encodings of the tensors that the files do not hold as they are, by name."""
         return self.manifest.encodings if self.manifest else {}
 
     def totals(self, params: int | None = None, size: int | None = None, dtype: str | None = None) -> Totals:
-        """Of this checkpoint, or of one made from it with other parameters, bytes or dtype."""
+        """The size of this checkpoint, or of one made from it with other parameters, bytes or dtype."""
         import torch
 
         found = self.survey

@@ -142,8 +142,11 @@ def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
-    """Of what there is to save: a model's layers may have been removed, its vocabulary resized, an adapter merged into
-    a matrix that then is an ordinary one."""
+    """The encodings of what there is to save, with the shapes that it has.
+
+    A model's layers may have been removed, its vocabulary resized, an adapter merged into a matrix that then is an
+    ordinary one.
+    """
     return {
         name: replace(e, shape=tuple(state[name].shape))
         for name, e in encodings.items()
@@ -176,6 +179,6 @@ def with_saved_keys(model: PreTrainedModel, packed: Mapping[str, Any], encodings
 
 
 def encodings_of(model: PreTrainedModel) -> dict[str, Encoding]:
-    """Of a loaded model's tensors, by name."""
+    """The encodings of a loaded model's tensors, by name."""
     config = getattr(model.config, "quantization_config", None)
     return encodings_from(getattr(config, "encodings", None) or {})

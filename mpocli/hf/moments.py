@@ -35,7 +35,7 @@ WIDEST_OUTPUT = 16_384
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one module over the calibration data, as sums.
+    """Second moments of one module over the calibration data, as sums.
 
     `gram` = Σ x xᵀ (I, I) over `tokens` inputs, None for an embedding, whose inputs are rows of the identity.
     `output` = Σ g gᵀ (O, O) of the gradients g of the probe's loss by the module's outputs, and `output_trace` its
@@ -90,7 +90,7 @@ class Store:
 
 @dataclass
 class _Sums:
-    """Of one module in a pass."""
+    """The sums of one module while a pass goes on."""
 
     tokens: int = 0
     inputs: Inputs | None = None  # none of an embedding, whose tokens are counted alone

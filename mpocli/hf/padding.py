@@ -18,7 +18,7 @@ Given = Mapping[str, Any]
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Of a module's `forward`, in order."""
+    """The names of the parameters of a module's `forward`, in order."""
     return tuple(inspect.signature(module.forward).parameters)
 
 

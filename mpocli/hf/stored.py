@@ -1,4 +1,4 @@
-"""In which dtype each tensor of a model in training is stored: the one that it had."""
+"""The dtype that each tensor of a model in training is stored in: the one that it had."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Dtypes = Mapping[str, torch.dtype]
 
 
 def stored_dtypes(model: PreTrainedModel, checkpoint: Metadata[CheckpointReader]) -> dict[str, torch.dtype]:
-    """Of every floating-point tensor in the state dict of a model that was loaded from a checkpoint, by name.
+    """The dtypes of the floating-point tensors in the state dict of a model that was loaded from a checkpoint, by name.
 
     Files may hold several (bfloat16 with float32 norms). A new core has that of the matrix that it stands for, a new
     head the dtype of most elements.

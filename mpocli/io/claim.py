@@ -72,7 +72,7 @@ _RUN: ContextVar[_Run | None] = ContextVar("_RUN", default=None)
 
 
 def writes_output(run: Callable[P, T]) -> Callable[P, T]:
-    """Of a function that claims outputs by `claim`: they are its own until it returns or raises."""
+    """A function that claims outputs by `claim`, so that they are its own until it returns or raises."""
 
     @wraps(run)
     def held(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Absent:
-    """Of a side that has no such leaf."""
+    """The value on a side that has no such leaf."""
 
     def __repr__(self) -> str:
         return "nothing"

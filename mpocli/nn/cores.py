@@ -55,7 +55,7 @@ class MPOModule(nn.Module):
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Of the dense weight as its layer stores it: GPT-2's `Conv1D` holds the transpose."""
+        """The shape of the dense weight as its layer stores it: GPT-2's `Conv1D` holds the transpose."""
         return self.shape[::-1] if getattr(self, "kind", None) == "conv1d" else self.shape
 
     @property

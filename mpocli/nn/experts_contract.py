@@ -38,7 +38,7 @@ class Sides:
 
 
 def join_sides(cores: Sequence[Tensor], near: Literal["left", "right"]) -> Sides:
-    """From cores with a leading dimension of r experts; the central one may be without, where it is shared."""
+    """The sides of cores with a leading dimension of r experts; the central core has none where it is shared."""
     central = (len(cores) - 1) // 2
     core = cores[central]
     experts = cores[-1].shape[0]

@@ -20,7 +20,7 @@ _SLICE = 1 << 23
 
 
 def rows_at_once(rows: int, length: int, vocabulary: int) -> int:
-    """Of a batch of `rows` sequences as many as may go through a model at once, one at least.
+    """How many of a batch's `rows` sequences may go through a model at once, one at least.
 
     >>> rows_at_once(8, 512, 49_152), rows_at_once(8, 512, 300), rows_at_once(8, 8192, 151_936)
     (2, 8, 1)
@@ -46,7 +46,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Of logits (N, V): softmax (N, V) in float32, and a label (N,) drawn from each row of it.
+    """The softmax (N, V) in float32 of logits (N, V), and a label (N,) drawn from each row of it.
 
     The draw is one number a row and made on the CPU: the same on every device, and however rows are cut into parts.
     """

@@ -47,7 +47,7 @@ class SparseLinear(nn.Module):
 
     @staticmethod
     def _pack(matrix: Tensor) -> Tensor:
-        """In CSR. With int32 indices, which are what MKL takes, a product needs no conversion."""
+        """The matrix in CSR, with the int32 indices that MKL takes, so that a product needs no conversion."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             found = matrix.to_sparse_csr()

@@ -58,7 +58,7 @@ class GradientScores(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.sums |= {name: torch.tensor(value) for name, value in saved.items()}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, which an interrupt leaves."""
+        """The scores so far, for the checkpoint that an interrupt leaves."""
         return {"args": {}, "attributes": self.scores}
 
     @property

@@ -112,7 +112,7 @@ def load_model(
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of them.
+    """The first names on one line, and how many more there are.
 
     >>> listed(["a", "b", "c", "d"])
     'a, b and 2 more'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mpocli.config.tasks import Task
 from mpocli.errors import UsageError
@@ -12,8 +12,8 @@ from mpocli.train.data.collate import IGNORE
 from mpocli.train.data.examples import Examples
 from mpocli.train.data.token_ids import eos_id, surroundings, token_ids, tokenizing
 from mpocli.train.data.vocabulary import Vocabulary
+from mpocli.train.models import Family
 
-Family = Literal["encoder", "causal", "seq2seq"]
 SEPARATOR = " ||"  # between source and target of a decoder-only model, as in LoRA's E2E files
 
 

@@ -13,7 +13,7 @@ Ids = list[int]
 
 
 def tokenizing(tokenizer: Any) -> AbstractContextManager[None]:
-    """Around a call of the tokenizer: what it cannot read becomes an `InputError`."""
+    """A context around a call of the tokenizer: what it cannot read becomes an `InputError`."""
     return foreign(
         f"the tokenizer ({type(tokenizer).__name__}) cannot read the text",
         hint="restore its files, or name another with ‹tokenizer›",

@@ -15,8 +15,9 @@ _HINT = "resize the model's embedding to its tokenizer (resize_token_embeddings)
 class Vocabulary:
     """A tokenizer beside the model that reads its ids.
 
-    `rows` are those of the table that the model looks its input up in; `target_rows` the least of those that a
-    decoder reads and that a head writes; `types` of that of token types. None where a model has no such table.
+    `rows` are those of the table that the model looks its input up in; `target_rows` the lesser number of those that a
+    decoder reads and that a head writes; `types` the rows of the table of token types. None where a model has no such
+    table.
     """
 
     tokenizer: Any
@@ -26,7 +27,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Ids that the tokenizer gives and the model has rows for are below this."""
+        """The bound below which ids are both given by the tokenizer and known to the model."""
         return min(len(self.tokenizer), self.rows or len(self.tokenizer))
 
     @property
@@ -63,6 +64,7 @@ class Vocabulary:
         return int(found)
 
     def has(self, token: int, rows: int | None = None) -> bool:
+        """Whether a table (the input's, or one of `rows`) has a row for a token."""
         rows = self.rows if rows is None else rows
         return token >= 0 and (rows is None or token < rows)
 

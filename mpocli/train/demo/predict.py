@@ -23,7 +23,7 @@ class Examination:
 
 
 def examine(directory: Path, texts: list[str], questions: Sequence[str], *, masked: bool) -> Examination:
-    """A masked language model fills the mask of each question, a causal one goes on from it."""
+    """What a checkpoint knows: a masked language model fills each question's mask, a causal one goes on from it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model = auto.from_pretrained(directory).eval()

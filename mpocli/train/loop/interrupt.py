@@ -30,7 +30,7 @@ class CheckpointOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Signals that have a handler in Python, as `KeyboardInterrupt` has; outside the main thread none can be."""
+        """A context in which such signals wait: those that have a handler in Python, in the main thread."""
         self._asked, self._stops, self._before = None, False, {}
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):

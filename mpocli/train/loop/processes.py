@@ -37,7 +37,7 @@ def on_first(call: Callable[[], T]) -> T:
 
 
 def wait_for_everyone() -> None:
-    """Until all processes of a run have come this far, and read what the first one wrote before."""
+    """Wait until all processes of a run have come this far, and can read what the first one wrote before."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -33,7 +33,7 @@ def check_report_to(names: Sequence[str]) -> None:
 
 @contextmanager
 def _unraisable_ignored() -> Iterator[None]:
-    """Some reporters, half made, fail once more on being deleted, and Python would say so."""
+    """A context in which Python is silent about errors in deletion: reporters that are half made raise some there."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

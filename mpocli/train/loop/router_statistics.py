@@ -15,9 +15,11 @@ from mpocli.nn.router import Statistics
 
 
 class TrainingStatistics(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Routers count what a step routes and nothing between steps, where models are evaluated. Checkpoints hold the
-    counts, so that a resumed run reports those of the whole. Of several processes the first one has the sums, from
-    whenever a checkpoint is written and at the end."""
+    """What routers did in the steps of training, and not between them, where models are evaluated.
+
+    Checkpoints hold the counts, so that a resumed run reports those of the whole. The first of several processes has
+    the sums, from whenever a checkpoint is written and at the end.
+    """
 
     def __init__(self, model: Any) -> None:
         self.routers = routers(model)
@@ -78,7 +80,7 @@ def _is_first() -> bool:
 
 
 def _restored(values: Mapping[str, Any], device: torch.device) -> Statistics:
-    """Out of a checkpoint: the sum of the entropies is the one number that is no count."""
+    """The statistics out of a checkpoint: all are counts, but for the sum of the entropies."""
     made: dict[str, Tensor] = {
         key: torch.tensor(value, dtype=torch.float32 if key == "entropy" else torch.int64, device=device)
         for key, value in values.items()

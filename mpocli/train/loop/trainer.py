@@ -161,7 +161,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Through `from_pretrained`: a plain state dict lacks what transformers renames or fuses in saving."""
+        """Through `from_pretrained`, since a plain state dict lacks what transformers renames or fuses in saving."""
         if self.raw:
             load_tensors(self.model, Path(resume_from_checkpoint))
             return
@@ -197,7 +197,7 @@ class _RunningLoss(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.logged = 0
 
     def note(self) -> None:
-        """In every process, before a checkpoint is written."""
+        """Take the losses down, in every process, before a checkpoint is written."""
         total = getattr(self.trainer, "_tr_loss", None)
         if total is not None:
             self.sums = self.trainer.accelerator.gather(total.detach().reshape(1)).tolist()

@@ -9,8 +9,11 @@ from typing import Any
 
 @contextmanager
 def use_cache_as_before(config: Any) -> Iterator[None]:
-    """Training keeps no keys and values of past tokens, and Trainer writes that into the configuration for good: the
-    output would generate slowly, but for one that was resumed after its last step."""
+    """A context after which the configuration's `use_cache` is what it was.
+
+    Training keeps no keys and values of past tokens, and Trainer writes that into the configuration for good: the
+    output would generate slowly, but for one that was resumed after its last step.
+    """
     before = {name: value for name, value in vars(config).items() if name == "use_cache"}
     try:
         yield

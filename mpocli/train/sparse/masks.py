@@ -32,7 +32,7 @@ class Place:
 def put_masks(
     model: nn.Module, places: Sequence[Place], scoring: Scoring, pattern: Pattern, *, together: bool, seed: int
 ) -> dict[str, MaskedWeight]:
-    """Mask every place, under one threshold for all where `together`. By the tensors' names.
+    """Mask every place, under one threshold for all where `together`; returns the masks by the tensors' names.
 
     Random starts are drawn by the seed and the place's number.
     """
