@@ -24,6 +24,7 @@ FLOORS = {
     "progress": 0,
     "mpo": 1,
     "sparse": 1,
+    "quant": 1,
     "config": 2,
     "nn": 3,
     "io": 3,
@@ -48,7 +49,7 @@ ROOMS = {
         **dict.fromkeys(("demo", "loop", "sparse"), 3),
     },
 }
-# Packages from outside that only some floors may touch; anything else is free for all but `mpo` and `sparse`.
+# Packages from outside that only some floors may touch; anything else is free for all but `mpo`, `quant` and `sparse`.
 RESERVED = {
     "transformers": {"hf", "train"},
     "huggingface_hub": {"hf", "train"},
@@ -119,7 +120,7 @@ def violations(source: str, file: str) -> list[str]:
         elif top == "mpocli":
             if other not in (package, "__version__") and FLOORS.get(other, 99) >= FLOORS[package]:
                 found.append(f"{where}, which is not below")
-        elif package in ("mpo", "sparse") and top != "torch" and top not in sys.stdlib_module_names:
+        elif package in ("mpo", "quant", "sparse") and top != "torch" and top not in sys.stdlib_module_names:
             found.append(f"{where}: torch and the standard library only")
         elif package not in RESERVED.get(top, {package}):
             found.append(f"{where}, kept for {RESERVED[top] or 'nobody'}")

@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": ("finetune", "Fine-tune a model on a task: of an MPO checkpoint, its auxiliary cores alone."),
     "squeeze": ("squeeze", "Shrink a fine-tuned MPO checkpoint bond by bond, fine-tuning in between."),
     "sparsify": ("sparsify", "Set most weights to zero, by training or at once, and store the others."),
+    "quantize": ("quantize", "Round weights and cores to 8, 4, 3 or 2 bits, packed in the files."),
     "expand-moe": ("expand_moe", "Make experts of the feed-forward networks, which share their central cores."),
     "eval": ("evaluate", "Measure a checkpoint: the task's metrics, parameters, bytes, memory, latency."),
     "inspect": ("inspect", "Show what a checkpoint holds: parameters by role and matrix, bonds, errors, bytes."),

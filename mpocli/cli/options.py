@@ -12,6 +12,7 @@ from typing import TypeVar
 from mpocli.config.budget import Budget
 from mpocli.config.data import DataOptions, Precision
 from mpocli.config.finetune import FinetuneConfig
+from mpocli.config.quantize import QuantizeConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.config.squeeze import SqueezeConfig
 from mpocli.io.readable import real_path
@@ -37,7 +38,7 @@ def default_out(model: str, suffix: str) -> Path:
     return Path(os.path.relpath(directory.parent / name)) if inside else Path(name)
 
 
-def check_calibration(asked: Budget | SparsifyConfig | None) -> None:
+def check_calibration(asked: Budget | SparsifyConfig | QuantizeConfig | None) -> None:
     """`InputError` for a text to look at that is not there."""
     if asked is not None and asked.calibration is not None:
         from mpocli.train.data.local import check_source

@@ -51,6 +51,20 @@ def _folder(option: str, file: str) -> None:
         raise InputError(f"{option} {file}: its folder does not exist", hint="make it, or name another file")
 
 
+def with_task(
+    calibration: Calibration | None, data: DataOptions | None
+) -> tuple[Calibration | None, DataOptions | None]:
+    """The same, where the rows that are looked at name their task, or nothing does: then it is one text."""
+    if calibration is not None:
+        source, task = named_task(calibration.source, (data.task if data else None) or None)
+        calibration = replace(calibration, source=str(source))
+        if task is not None:
+            data = replace(data, task=task) if data else DataOptions(task)
+    if data is not None and not data.task:
+        data = replace(data, task="lm")
+    return calibration, data
+
+
 @dataclass(frozen=True)
 class Budget:
     """One of `ratio`, `max_bytes` and `max_error`, and how to meet it.
@@ -180,13 +194,7 @@ class Budget:
         """None where no budget is asked for; a task may be named by the rows that are looked at."""
         if all(given[name] is None for name in ("ratio", "max_bytes", "max_error")):
             return None
-        if calibration is not None:
-            source, task = named_task(calibration.source, (data.task if data else None) or None)
-            calibration = replace(calibration, source=str(source))
-            if task is not None:
-                data = replace(data, task=task) if data else DataOptions(task)
-        if data is not None and not data.task:
-            data = replace(data, task="lm")
+        calibration, data = with_task(calibration, data)
         return cls(calibration=calibration, data=data, **given)
 
     @property

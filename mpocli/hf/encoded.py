@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpocli.errors import InputError
 from mpocli.hf.renaming import saved_keys
 from mpocli.hf.replace import local_name
-from mpocli.io.checkpoint import DTYPES
+from mpocli.io.checkpoint import DTYPE_NAMES, DTYPES
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.known import KINDS, Encodings, encoded, encoding_of, encodings_from
 from mpocli.nn.held_zeros import look_again
@@ -20,6 +20,7 @@ from mpocli.nn.held_zeros import look_again
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PARTS = "_mpocli_parts"
 _INCOMPLETE = "the weight files are incomplete or belong to another checkpoint"
 
 
@@ -68,7 +69,7 @@ def reserve(model: PreTrainedModel, encodings: Encodings, stored: Mapping[str, l
                 module.register_buffer(place_of, empty)
             else:
                 module.register_parameter(place_of, nn.Parameter(empty))
-        local[f"{place}.{leaf}"] = encoding
+        local[f"{place}.{leaf}"] = encoding.in_dtype(DTYPE_NAMES[tensor.dtype])
     return local
 
 
@@ -118,7 +119,11 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
             delattr(module, part)
         if leaf in module._buffers:
             delattr(module, leaf)
-        parameter = nn.Parameter(dense)
+        if encoding.is_exact:
+            parameter = nn.Parameter(dense)
+        else:
+            parameter = nn.Parameter(dense, requires_grad=False)
+            remember(module, leaf, tuple(parts))
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(module, leaf, parameter)
     for follower, name in followers.items():
@@ -141,6 +146,19 @@ def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
         look_again(parameters[name])
 
 
+def remember(module: nn.Module, leaf: str, parts: tuple[Tensor, ...]) -> None:
+    """Keep the parts that a module's tensor was made of, for storing it again bit by bit."""
+    kept = dict(getattr(module, _PARTS, {}))
+    setattr(module, _PARTS, kept | {leaf: tuple(part.detach() for part in parts)})
+
+
+def remembered(model: Any, name: str) -> tuple[Tensor, ...] | None:
+    """The parts that a tensor of a loaded model was made of, where rounding would not find them again."""
+    owner, _, leaf = name.rpartition(".")
+    found: tuple[Tensor, ...] | None = getattr(model.get_submodule(owner), _PARTS, {}).get(leaf)
+    return found
+
+
 def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
     """The encodings of what there is to save, with the shapes that it has.
 
@@ -155,14 +173,21 @@ def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str
 
 
 def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Encodings) -> dict[str, Any]:
-    """A state dict with their parts in the place of encoded tensors, and what is tied to them left out."""
+    """A state dict with their parts in the place of encoded tensors, and what is tied to them left out.
+
+    A rounded tensor that has not changed since it was loaded keeps its parts.
+    """
     owners = {(state[name].device, state[name].data_ptr()) for name in encodings}
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     tied = {*ties.keys(), *ties.values()}
     packed: dict[str, Any] = {}
     for name, tensor in state.items():
         if name in encodings:
-            packed |= encodings[name].encode(name, tensor)
+            encoding, parts = encodings[name], remembered(model, name)
+            if parts is not None and torch.equal(encoding.unpack(*parts), tensor.to(parts[0].device)):
+                packed |= encoding.named(name, parts, tensor.new_zeros(1))
+            else:
+                packed |= encoding.encode(name, tensor)
         elif name not in tied or (tensor.device, tensor.data_ptr()) not in owners:
             packed[name] = tensor
     return packed

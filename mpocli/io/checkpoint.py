@@ -27,13 +27,16 @@ class CheckpointReader(StoredTensors[torch.dtype]):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own; an encoded one as the dense tensor, bit for bit."""
-        parts = [self._stored(part.name) for part in self.parts(name)]
         try:
-            return self.encoding(name).unpack(*parts)
+            return self.encoding(name).unpack(*self.read_parts(name))
         except InputError as error:
             raise InputError(
                 f"{self.directory}: tensor {name}: {error.message}", hint="download or write the file again"
             ) from error
+
+    def read_parts(self, name: str) -> tuple[Tensor, ...]:
+        """What the files hold for a tensor: itself, or the parts of an encoded one, in their order."""
+        return tuple(self._stored(part.name) for part in self.parts(name))
 
     @property
     def main_dtype(self) -> torch.dtype:

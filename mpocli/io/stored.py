@@ -87,7 +87,7 @@ class StoredTensors(Generic[D]):
                 raise InputError(
                     f"{self.directory}: {misfit}", hint="config.json and the weights belong to different checkpoints"
                 )
-            self.specs[name] = TensorSpec(name, encoding.dense_dtype(parts), encoding.shape)
+            self.specs[name] = TensorSpec(name, encoding.dense_dtype(parts, self._dtypes), encoding.shape)
             self.encoded[name], self._encodings[name], self._parts[name] = entry, encoding, parts
         absent = sorted(set(encodings) - set(self.encoded.values()))
         if absent:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.weight import Weight
-from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.checkpoint import DTYPE_NAMES, CheckpointReader
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import Manifest
@@ -29,6 +29,9 @@ class Stored:
     """What the files hold of one weight: `tensors` by their names below its module (`weight`, a core, a router's
     tensor), and the `encodings` of those that are not dense.
 
+    A leaf that is `packed` is stored by these parts: as it was in the files, or rounded already. Its tensor is what
+    they stand for.
+
     `entry` is the manifest's, `unmeasured` where its cores were changed, None for an ordinary matrix. Where a weight
     has cores, the rewriting leaves one zero under every dense name that is gone, so that nothing can load the files by
     mistake.
@@ -37,6 +40,12 @@ class Stored:
     tensors: dict[str, Tensor]
     entry: ModuleEntry | None = None
     encodings: dict[str, Encoding] = field(default_factory=dict)
+    packed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def with_tensor(self, leaf: str, tensor: Tensor) -> Stored:
+        """The same with another tensor in the place of one."""
+        packed = {name: parts for name, parts in self.packed.items() if name != leaf}
+        return replace(self, tensors=self.tensors | {leaf: tensor}, packed=packed)
 
 
 def stored_dtype(own: torch.dtype, wanted: str | None) -> torch.dtype:
@@ -48,10 +57,12 @@ def as_stored(reader: CheckpointReader, weight: Weight) -> Stored:
     """What the files hold of a weight now: the matrix, or its cores."""
     leaves = list(weight.entry.spec.core_shapes()) if weight.entry else []
     keys = {leaf: weight.key_of(leaf) for leaf in leaves or ["weight"]}
+    encoded = {leaf: key for leaf, key in keys.items() if key in reader.encoded}
     return Stored(
         tensors={leaf: reader.read(key) for leaf, key in keys.items()},
         entry=weight.entry,
-        encodings={leaf: reader.encoding(key) for leaf, key in keys.items() if key in reader.encoded},
+        encodings={leaf: reader.encoding(key) for leaf, key in encoded.items()},
+        packed={leaf: reader.read_parts(key) for leaf, key in encoded.items()},
     )
 
 
@@ -137,15 +148,19 @@ class Rewriting:
         dtype = stored_dtype(reader.specs[key].dtype, self.dtype if is_parameter else None)
         encoding = Dense(reader.specs[key].shape) if self.unpacks else reader.encoding(key)
         if self.reads:
-            tensor = reader.read(key)
+            tensor, parts_kept = reader.read(key), None
+            if dtype == tensor.dtype or not encoding.is_exact:
+                parts_kept = None if self.unpacks else reader.read_parts(key)
             if is_parameter and (self.checks or dtype != tensor.dtype):
                 tensor = cast(tensor, dtype, key)
-            _add_encoded(sink, key, tensor, encoding)
+            _add_encoded(sink, key, tensor, encoding, parts_kept)
         else:
             parts = [reader.specs[key]] if self.unpacks else reader.parts(key)
             for spec in encoding.converted(key, parts, dtype):
                 sink.add(spec.name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
-        return {reader.encoded[key]: encoding} if key in reader.encoded and not self.unpacks else {}
+        if key not in reader.encoded or self.unpacks:
+            return {}
+        return {reader.encoded[key]: encoding.in_dtype(DTYPE_NAMES[dtype])}
 
     def _entries(self, made: Mapping[str, ModuleEntry | None]) -> Iterator[ModuleEntry]:
         """Manifest entries in the model's order: those that were made, and those that came in."""
@@ -184,7 +199,7 @@ def _add(sink: Sink, weight: Weight, stored: Stored) -> dict[str, Encoding]:
     def add(leaf: str) -> None:
         key, tensor = weight.key_of(leaf), stored.tensors[leaf]
         encoding = stored.encodings.get(leaf)
-        _add_encoded(sink, key, tensor, encoding or Dense(tuple(tensor.shape)))
+        _add_encoded(sink, key, tensor, encoding or Dense(tuple(tensor.shape)), stored.packed.get(leaf))
         if encoding is not None:
             name = f"{weight.name}.{leaf}"
             encodings[name] = encoding.stored_as(name, key)
@@ -199,6 +214,9 @@ def _add(sink: Sink, weight: Weight, stored: Stored) -> dict[str, Encoding]:
     return encodings
 
 
-def _add_encoded(sink: Sink, key: str, tensor: Tensor, encoding: Encoding) -> None:
-    for part, stored in encoding.encode(key, tensor).items():
+def _add_encoded(
+    sink: Sink, key: str, tensor: Tensor, encoding: Encoding, packed: tuple[Tensor, ...] | None = None
+) -> None:
+    parts = encoding.pack(tensor) if packed is None else packed
+    for part, stored in encoding.named(key, parts, tensor.new_zeros(1)).items():
         sink.add(part, stored)

@@ -46,6 +46,7 @@ class Encoding(ABC):
     account: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
     holds_zeros: ClassVar[bool] = False  # whether training leaves zeros exactly zero
+    is_exact: ClassVar[bool] = True  # whether any tensor comes back as it was; else its parts are kept beside it
 
     # --- values ---
 
@@ -62,10 +63,14 @@ class Encoding(ABC):
 
         One zero is left where a dense weight was: a loader that does not know the encoding then stops at its shape.
         """
-        parts = dict(zip(self.part_names(name), self.pack(tensor), strict=True))
-        if has_tombstone(name) and name not in parts:
-            parts[name] = tensor.new_zeros(1)
-        return parts
+        return self.named(name, self.pack(tensor), tensor.new_zeros(1))
+
+    def named(self, name: str, parts: Sequence[Tensor], zero: Tensor) -> dict[str, Tensor]:
+        """The parts by their names in the files, and the one zero, of the dense tensor's dtype, where it belongs."""
+        found = dict(zip(self.part_names(name), parts, strict=True))
+        if has_tombstone(name) and name not in found:
+            found[name] = zero
+        return found
 
     def suits(self, tensor: Tensor) -> bool:
         """Whether a tensor that was read so is to be stored so again."""
@@ -89,7 +94,8 @@ class Encoding(ABC):
         """Zeros of the tensor, None where its parts' shapes do not tell."""
         return None
 
-    def dense_dtype(self, parts: Sequence[TensorSpec[D]]) -> D:
+    def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
+        """The tensor's dtype, told by its parts; `dtypes` are by safetensors' words."""
         return next(spec.dtype for part, spec in zip(self.parts, parts, strict=True) if part.dtype is None)
 
     def converted(self, name: str, parts: Sequence[TensorSpec[D]], dtype: D) -> list[TensorSpec[D]]:
@@ -98,6 +104,10 @@ class Encoding(ABC):
         specs = [spec if part.dtype else replace(spec, dtype=dtype) for part, spec in pairs]
         lost = has_tombstone(name) and all(spec.name != name for spec in specs)
         return [*specs, *([TensorSpec(name, dtype, (1,))] if lost else [])]
+
+    def in_dtype(self, dtype: str) -> Self:
+        """The same for the tensor in another dtype, by safetensors' word for it."""
+        return self
 
     @classmethod
     def part_names(cls, name: str) -> tuple[str, ...]:

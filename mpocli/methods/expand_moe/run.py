@@ -206,10 +206,14 @@ class _Expander:
         spec = replace(spec, experts=config.experts, share=config.share or "dense", place=place, router=router)
         measured = None if config.noise else error
         entry = ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype), relative_error=measured)
-        return Stored(tensors, entry, self._encodings(weight))
+        encodings = self._encodings(weight)
+        packed = {
+            leaf: self.reader.read_parts(weight.key_of(leaf)) for leaf, one in encodings.items() if not one.is_exact
+        }
+        return Stored(tensors, entry, encodings, packed)
 
     def _encodings(self, weight: Weight) -> dict[str, Encoding]:
-        """A pruned core stays packed where it is the one that all experts share."""
+        """A core that is pruned or rounded stays packed where it is the one that all experts share."""
         if weight.entry is None or self.config.share != "central":
             return {}
         leaf = f"core_{weight.entry.spec.sites.central}"

@@ -101,7 +101,9 @@ def write_sparse(
         made[target.name] = described(target, tensor, config.storage)
         entry = weight.entry.unmeasured() if weight.entry else None
         encodings = before.encodings | {target.leaf: Bitmask(target.shape, str(config.pattern))}
-        return Stored(before.tensors | {target.leaf: tensor}, entry, {} if config.storage == Dense.name else encodings)
+        if config.storage == Dense.name:
+            return Stored(before.tensors | {target.leaf: tensor}, entry)
+        return replace(before.with_tensor(target.leaf, tensor), entry=entry, encodings=encodings)
 
     def tell(done: int, total: int, weight: str) -> None:
         if progress:

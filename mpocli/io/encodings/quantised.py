@@ -1,0 +1,135 @@
+"""Tensors rounded to grids of few bits: packed codes, and a scale (and an offset) for every group of entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from mpocli.io.encodings.base import D, Encoding, Part
+from mpocli.io.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpocli.quant.grid import Grid, Rounded
+
+
+@dataclass(frozen=True)
+class Quantised(Encoding):
+    """`bits` a code, groups of `group` entries along a row (0: whole rows) with or without `offsets`.
+
+    A tensor is seen as a matrix: one of four dimensions or more by its last two together, others by the last one;
+    `transposed` says that the rows are the tensor's columns, as where a layer stores its inputs first. `dtype` is that
+    of the tensor it stands for, by safetensors' word.
+
+    >>> Quantised((768, 3072), bits=4).nbytes(0, 4)
+    1253376
+    """
+
+    bits: int = 4
+    group: int = 64
+    offsets: bool = False
+    transposed: bool = False
+    dtype: str = "F32"
+
+    name = "quantised"
+    phrase = "packed codes"
+    account = "packed codes of few bits with their scales"
+    parts = (Part("_codes", "codes", "U8"), Part("_scales", "scales", "F16"), Part("_offsets", "offsets", "F16"))
+    is_exact = False
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns, the groups along the columns."""
+        if self.transposed:
+            return self.shape[1], self.shape[0]
+        columns = math.prod(self.shape[-2:]) if len(self.shape) > 3 else self.shape[-1]
+        return math.prod(self.shape) // columns, columns
+
+    @property
+    def grid(self) -> Grid:
+        from mpocli.quant.grid import Grid
+
+        return Grid(self.bits, self.group, self.offsets)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor as (rows, columns)."""
+        return (tensor.T if self.transposed else tensor).reshape(self.matrix_shape)
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """What `matrix` was given."""
+        return (matrix.T if self.transposed else matrix).reshape(self.shape).contiguous()
+
+    def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Rounded to the grids of least squared error. What was rounded already has its parts (`packed`)."""
+        from mpocli.quant.grid import searched
+
+        return self.packed(searched(self.matrix(tensor), self.grid))
+
+    def packed(self, rounded: Rounded) -> tuple[Tensor, ...]:
+        """The parts of a matrix that is on its grids."""
+        from mpocli.quant.codes import pack_codes
+
+        return pack_codes(rounded.codes, self.bits), rounded.scales, rounded.offsets
+
+    def unpack(self, *parts: Tensor) -> Tensor:
+        from mpocli.io.checkpoint import DTYPES
+        from mpocli.quant.codes import unpack_codes
+        from mpocli.quant.grid import dequantised
+
+        packed, scales, offsets = parts
+        codes = unpack_codes(packed, self.bits, self.matrix_shape[1])
+        return self.tensor(dequantised(codes, scales, offsets, self.grid, DTYPES[self.dtype]))
+
+    def problem(self, read: Any) -> str:
+        """Every value is on its grid by construction."""
+        return ""
+
+    def nbytes(self, zeros: int, itemsize: int) -> int:
+        """Codes packed row by row, and two bytes for every scale and offset."""
+        from mpocli.quant.sizes import row_bytes
+
+        rows, columns = self.matrix_shape
+        return rows * (row_bytes(columns, self.bits) + 2 * (1 + self.offsets) * self.groups)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return -(-self.matrix_shape[1] // self.group) if self.group else 1
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        from mpocli.quant.sizes import row_bytes
+
+        rows, columns = self.matrix_shape
+        wanted = (
+            ((rows, row_bytes(columns, self.bits)), "U8"),
+            ((rows, self.groups), "F16"),
+            ((rows, self.groups if self.offsets else 0), "F16"),
+        )
+        for part, spec, (shape, dtype) in zip(self.parts, parts, wanted, strict=True):
+            if spec.shape != shape or spec.dtype != dtypes[dtype]:
+                return (
+                    f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.bits} bits in groups of "
+                    f"{self.group or 'a row'} for shape {'x'.join(map(str, self.shape))} need {dtype} of {shape}"
+                )
+        return ""
+
+    def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
+        return dtypes[self.dtype]
+
+    def in_dtype(self, dtype: str) -> Self:
+        return replace(self, dtype=dtype)
+
+    @classmethod
+    def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        bits, group, dtype = int(data["bits"]), int(data["group"]), str(data["dtype"])
+        if bits not in (2, 3, 4, 8) or group < 0 or dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{bits} bits in groups of {group} for {dtype}")
+        offsets, transposed = data["offsets"], data["transposed"]
+        if not isinstance(offsets, bool) or not isinstance(transposed, bool):
+            raise TypeError("offsets and transposed are true or false")
+        if transposed and len(data["shape"]) != 2:
+            raise ValueError(f"transposed, with {len(data['shape'])} dimensions")
+        return {"bits": bits, "group": group, "offsets": offsets, "transposed": transposed, "dtype": dtype}

@@ -1,0 +1,1 @@
+"""quantize: which tensors, on which grids, and what is told of them."""

@@ -1,0 +1,122 @@
+"""The parts of every tensor that is rounded: to nearest, or block by block in the norm of what goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpocli.config.quantize import QuantizeConfig
+from mpocli.errors import NumericsError
+from mpocli.hf.activations import Inputs
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.calibration import sequential
+from mpocli.hf.loading import load_as_saved
+from mpocli.io.encodings.quantised import Quantised
+from mpocli.methods.data.calibration import calibration_batches, fed
+from mpocli.methods.quantize.plan import Target
+from mpocli.methods.rounding import round_chain, round_matrix
+from mpocli.mpo import MPO
+from mpocli.mpo.gram import regularised
+from mpocli.mpo.linalg import check_finite
+from mpocli.nn import MPOModule
+from mpocli.progress import Progress
+from mpocli.quant.grid import Rounded, nearest, searched
+
+Parts = tuple[Tensor, ...]
+# Of the mean of the inputs' second moments, what every direction counts for at least: few tokens tell little.
+_DAMPING = 0.01
+
+
+def nearest_parts(encoding: Quantised, tensor: Tensor, name: str) -> Parts:
+    """Rounded to nearest. Raises `NumericsError` for entries that no float16 scale reaches."""
+    return _parts(encoding, encoding.matrix(tensor), name, nearest)
+
+
+def searched_parts(encoding: Quantised, tensor: Tensor, name: str) -> Parts:
+    """Rounded on the grids of least squared error, for what has no inputs that are known. Raises `NumericsError`."""
+    return _parts(encoding, encoding.matrix(tensor), name, searched)
+
+
+def _parts(encoding: Quantised, matrix: Tensor, name: str, do: Callable[..., Rounded]) -> Parts:
+    check_finite(matrix, name)
+    try:
+        return encoding.packed(do(matrix, encoding.grid))
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
+
+
+def parts_by_inputs(
+    checkpoint: Checkpoint,
+    config: QuantizeConfig,
+    targets: Sequence[Target],
+    device: torch.device,
+    *,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> dict[str, Parts]:
+    """The parts of the tensors of layers, by their names: GPTQ (Frantar et al., ICLR 2023), along chains too.
+
+    Blocks are rounded in the order of execution, each from the outputs of those that were rounded before it. What has
+    no inputs of its own (a table, an expert) is not in the answer. Raises `InputError` for text or a model that cannot
+    be used, and `NumericsError` for entries that no scale reaches.
+    """
+    assert config.calibration is not None
+    batches = calibration_batches(checkpoint, config.calibration, config.data, config.seed, warn=warn)
+    for target in targets:  # a broken weight is told as such, and not by what it makes of activations
+        for leaf in target.encodings:
+            check_finite(checkpoint.reader.read(target.weight.key_of(leaf)), target.weight.key_of(leaf))
+    model = load_as_saved(checkpoint).to(device)
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
+    layers = {target.weight.name: target for target in targets if _has_inputs(target)}
+    made: dict[str, Parts] = {}
+    few: tuple[int, str] | None = None
+    done = 0
+
+    def visit(name: str, module: nn.Module, inputs: Inputs) -> None:
+        nonlocal few, done
+        assert inputs.gram is not None
+        size = len(inputs.gram)
+        if inputs.tokens < size and (few is None or size > few[0]):
+            few = size, f"{name}: {inputs.tokens} calibration tokens for {size} inputs"
+        gram = regularised(inputs.gram, inputs.tokens, least=_DAMPING, name=name)
+        try:
+            made.update(_layer(module, layers[name], gram))
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
+        done += 1
+        if progress:
+            progress(done, len(layers), name)
+
+    if layers:
+        sequential(model, batches, list(layers), visit, gram=True)
+    if few is not None:
+        warn(f"{few[1]}: raise --samples or --seq-len")
+    return made
+
+
+def _has_inputs(target: Target) -> bool:
+    weight = target.weight
+    is_table = weight.kind == "embedding" or len(weight.members) > 1
+    return not is_table and (weight.entry is None or not weight.entry.spec.experts)
+
+
+@torch.no_grad()
+def _layer(module: nn.Module, target: Target, gram: Tensor) -> dict[str, Parts]:
+    """Rounds a layer in place."""
+    weight = target.weight
+    if not isinstance(module, MPOModule):
+        encoding = target.encodings["weight"]
+        parameter = module.get_parameter("weight")
+        rounded = round_matrix(encoding.matrix(parameter), gram, encoding.grid)
+        parameter.copy_(encoding.tensor(rounded.values()))
+        return {f"{weight.name}.weight": encoding.packed(rounded)}
+    cores = MPO(tuple(core.detach() for core in module.cores), weight.shape)
+    by_core = [target.encodings.get(f"core_{k}") for k in range(len(cores.cores))]
+    chain = round_chain(cores, gram, [one.grid if one else None for one in by_core])
+    for parameter, core in zip(module.cores, chain.mpo.cores, strict=True):
+        parameter.copy_(core)
+    found = [one for one in by_core if one is not None]
+    names = [f"{weight.name}.core_{k}" for k, one in enumerate(by_core) if one is not None]
+    return {name: one.packed(rounded) for name, one, rounded in zip(names, found, chain.rounded, strict=True)}

@@ -1,0 +1,127 @@
+"""A matrix, or the cores of one, on grids of few bits, with a small error in the norm of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpocli.mpo.canonical import canonicalize
+from mpocli.mpo.gram import FLOOR, regularised
+from mpocli.mpo.linalg import working_dtype
+from mpocli.mpo.mpo import MPO
+from mpocli.mpo.weighted import weighted_square
+from mpocli.quant.gptq import gptq
+from mpocli.quant.grid import Grid, Rounded, nearest, searched
+from mpocli.sparse.one_shot import core_gram
+
+# Shares of the bond's weights that a pair's first factor may carry: its entries' sizes decide what rounding takes.
+_GAUGES = (0.0, 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedChain:
+    """Cores on their grids, each as (left · out) × (in · right), the cores they stand for, and the error in the norm."""
+
+    rounded: tuple[Rounded, ...]
+    mpo: MPO
+    loss: float
+
+
+def round_matrix(matrix: Tensor, gram: Tensor | None, grid: Grid, *, searches: bool = True) -> Rounded:
+    """W (R, C) on its grids: by `gptq` in the norm of its inputs' G (C, C), else to nearest, where it is for the
+    entry's own sake (`searches`: on the grids of least squared error)."""
+    if gram is not None:
+        return gptq(matrix, gram, grid)
+    return searched(matrix, grid) if searches else nearest(matrix, grid)
+
+
+def round_chain(
+    mpo: MPO, gram: Tensor | None, grids: Sequence[Grid | None], *, output: Tensor | None = None
+) -> RoundedChain:
+    """The cores of an MPO on their grids, from the last to the first, each seen through its neighbours.
+
+    A core is rounded with those before it left-canonical, so that its error counts as itself, and in the norm of what
+    reaches it through those after it, rounded already (`core_gram`). Of a pair, the second factor's error is then made
+    up for by the first one, which is fitted anew before it is rounded; and of `_GAUGES` the better one is taken.
+    `grids` has one for every core, None for one that stays as it is. The norm is tr(H D G Dᵀ), `gram` G (I, I) of the
+    inputs and `output` H (O, O); None is the identity.
+    """
+    wide = mpo.to(dtype=working_dtype(mpo.cores[0].device))
+    matrix = wide.to_matrix()
+    if None in grids or not _is_svd(wide):
+        return _measured(_round_each(canonicalize(wide, len(mpo.cores) - 1), gram, grids), matrix, gram, output)
+    tried = [_measured(_round_pair(wide, matrix, gram, grids, share), matrix, gram, output) for share in _GAUGES]
+    return min(tried, key=lambda one: one.loss)
+
+
+_Made = tuple[list[Rounded | None], list[Tensor], tuple[int, int]]
+
+
+def _measured(made: _Made, matrix: Tensor, gram: Tensor | None, output: Tensor | None) -> RoundedChain:
+    rounded, cores, shape = made
+    mpo = MPO(tuple(cores), shape)
+    loss = weighted_square(matrix - mpo.to_matrix().to(matrix), gram, output)
+    return RoundedChain(tuple(one for one in rounded if one is not None), mpo, loss)
+
+
+def _round_each(mpo: MPO, gram: Tensor | None, grids: Sequence[Grid | None]) -> _Made:
+    """From the last core to the first; the centre is at the last one, and what it carries moves on with it."""
+    cores = list(mpo.cores)
+    rounded: list[Rounded | None] = [None] * len(cores)
+    in_dims = mpo.site_shape.in_dims
+    for k in reversed(range(len(cores))):
+        left, out, in_, right = cores[k].shape
+        if grids[k] is None:
+            continue
+        flat = cores[k].reshape(left * out, in_ * right)
+        seen = _seen(cores[k + 1 :], gram, in_dims, k)
+        made = round_matrix(flat, seen, grids[k])  # type: ignore[arg-type]
+        cores[k] = made.values(torch.float32).to(cores[k]).reshape(left, out, in_, right)
+        rounded[k] = made
+    return rounded, cores, mpo.shape
+
+
+def _seen(after: Sequence[Tensor], gram: Tensor | None, in_dims: Sequence[int], k: int) -> Tensor | None:
+    """The Gram matrix of what reaches core k, regularised; None without one of the inputs."""
+    if gram is None:
+        if not after:
+            return None
+        size = 1
+        for dim in in_dims:
+            size *= dim
+        gram = torch.eye(size, dtype=after[0].dtype, device=after[0].device)
+    made = core_gram(list(after), gram, in_dims, k)
+    return regularised(made, 10**9, least=FLOOR * 100, name="a core's inputs")
+
+
+def _is_svd(mpo: MPO) -> bool:
+    sites = mpo.site_shape
+    return sites.sites == 2 and sites.in_dims[0] == sites.out_dims[1] == 1
+
+
+def _round_pair(mpo: MPO, matrix: Tensor, gram: Tensor | None, grids: Sequence[Grid | None], share: float) -> _Made:
+    """U V of a truncated SVD: V's rows have the shapes (1, I), U's the bond's."""
+    first, second = grids
+    assert first is not None and second is not None
+    left = canonicalize(mpo, 1)
+    rest = left.cores[1].reshape(left.bond_dims[1], -1)
+    # Every row of V has scales of its own: what U's entries are is all that the gauge decides.
+    sizes = torch.linalg.vector_norm(rest, dim=1).clamp_min(torch.finfo(rest.dtype).tiny) ** share
+    back = round_matrix(rest / sizes[:, None], gram, second)
+    values = back.values(torch.float32).to(rest)
+    core = values.reshape(len(values), 1, -1, 1)
+    fitted = _fitted(matrix, values, gram)
+    front = round_matrix(fitted, _seen([core], gram, mpo.site_shape.in_dims, 0), first)
+    return [front, back], [front.values(torch.float32).to(rest)[None, :, None, :], core], mpo.shape
+
+
+def _fitted(matrix: Tensor, second: Tensor, gram: Tensor | None) -> Tensor:
+    """U (O, r) of least error beside a V (r, I) that is rounded: W G Vᵀ (V G Vᵀ)⁻¹."""
+    weighted = second if gram is None else second @ gram
+    square = weighted @ second.T
+    square.diagonal().add_(1e-9 * float(square.diagonal().mean()))
+    made: Tensor = torch.linalg.solve(square, weighted @ matrix.T)
+    return made.T
