@@ -36,11 +36,11 @@ FLOORS = {
 # Rooms of a floor: a file imports from its own room and from those below, so that no verb imports another one.
 ROOMS = {
     "methods": {
-        **dict.fromkeys(("device", "inputs", "memory", "rewrite", "site_choice", "skipped"), 0),
+        **dict.fromkeys(("device", "inputs", "memory", "rewrite", "rounding", "site_choice", "skipped"), 0),
         "data": 1,
         **dict.fromkeys(("planner", "training"), 2),
         **dict.fromkeys(("decompose", "demo", "evaluate", "expand_moe", "finetune", "inspect", "merge"), 3),
-        **dict.fromkeys(("sparsify", "squeeze"), 3),
+        **dict.fromkeys(("quantize", "sparsify", "squeeze"), 3),
     },
     "train": {
         **dict.fromkeys(("importance", "models"), 0),

@@ -23,7 +23,7 @@ _GAUGES = (0.0, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class RoundedChain:
-    """Cores on their grids, each as (left · out) × (in · right), the cores they stand for, and the error in the norm."""
+    """Cores on their grids, each as a matrix (left · out, in · right), the MPO of them, and its loss."""
 
     rounded: tuple[Rounded, ...]
     mpo: MPO

@@ -1,7 +1,7 @@
 """Rounding that knows the inputs: each column's error is made up for by the columns that are still to be rounded.
 
-Frantar, Ashkboos, Hoefler and Alistarh, GPTQ (ICLR 2023), which is Babai's nearest-plane algorithm in the lattice of the
-inputs' Gram matrix.
+Frantar, Ashkboos, Hoefler and Alistarh, GPTQ (ICLR 2023), which is Babai's nearest-plane algorithm in the lattice of
+the inputs' Gram matrix.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def inverse_root(gram: Tensor) -> Tensor:
     With J G J = L Lᵀ, J the reversal, U = J L⁻¹ J. Raises `torch.linalg.LinAlgError` where G is not positive definite.
 
     >>> inverse_root(torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    tensor([[0.5000, -0.0000],
+    tensor([[0.5000, 0.0000],
             [0.0000, 1.0000]], dtype=torch.float64)
     """
     lower = torch.linalg.cholesky(gram.flip(0, 1))

@@ -52,7 +52,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """A matrix (R, C) on its grids: `codes` (R, C) uint8, `scales` (R, groups) and `offsets` (R, groups or 0) float16."""
+    """A matrix (R, C) on its grids: `codes` (R, C) in uint8, `scales` and `offsets` (R, groups; or 0) in float16."""
 
     grid: Grid
     codes: Tensor

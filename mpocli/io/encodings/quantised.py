@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from mpocli.io.dtypes import STORED_DTYPES
 from mpocli.io.encodings.base import D, Encoding, Part
 from mpocli.io.tensor_spec import TensorSpec
 
@@ -75,13 +76,15 @@ class Quantised(Encoding):
         return pack_codes(rounded.codes, self.bits), rounded.scales, rounded.offsets
 
     def unpack(self, *parts: Tensor) -> Tensor:
-        from mpocli.io.checkpoint import DTYPES
+        import torch
+
         from mpocli.quant.codes import unpack_codes
         from mpocli.quant.grid import dequantised
 
         packed, scales, offsets = parts
+        dtype = getattr(torch, STORED_DTYPES[self.dtype].name)
         codes = unpack_codes(packed, self.bits, self.matrix_shape[1])
-        return self.tensor(dequantised(codes, scales, offsets, self.grid, DTYPES[self.dtype]))
+        return self.tensor(dequantised(codes, scales, offsets, self.grid, dtype))
 
     def problem(self, read: Any) -> str:
         """Every value is on its grid by construction."""
