@@ -139,7 +139,7 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
 
 
 # What users of the command line type is known to the floors that hold options, and to those above.
-NAMELESS_FLOORS = ("mpo", "sparse", "nn", "io", "hf", "train")
+NAMELESS_FLOORS = ("mpo", "quant", "sparse", "nn", "io", "hf", "train")
 
 
 def texts(source: str) -> Iterator[str]:

@@ -154,7 +154,7 @@ def _half(values: Tensor, *, up: bool) -> Tensor:
     if largest > _LARGEST:
         raise NumericsError(
             f"an entry needs a scale of {largest:.3g}, and float16 ends at {_LARGEST:g}",
-            hint="keep this tensor wide with --ignore",
+            hint="keep this tensor wide with ‹ignore›",
         )
     rounded = values.to(torch.float16)
     short = rounded.to(values) < values if up else rounded.to(values) > values

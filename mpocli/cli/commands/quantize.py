@@ -38,37 +38,37 @@ def command(
     destination = out or options.default_out(model, f"int{config.bits}")
     options.check_out_before_download(model, destination, overwrite=overwrite)
 
-    from mpocli.cli import render
+    from mpocli.cli import bars, console
     from mpocli.hf import quiet
     from mpocli.methods.quantize import run as quantize
 
-    with quiet.transformers(), render.progress_bar("quantize") as progress:
+    with quiet.transformers(), bars.progress_bar("quantize") as progress:
         report = quantize.run(model, config, destination, overwrite=overwrite, progress=progress)
     for line in report.warnings:
-        render.warn(line)
-    render.report("quantize", report, lambda: _show(report), json=json)
+        console.warn(line)
+    console.report("quantize", report, lambda: _show(report), json=json)
 
 
 def _show(report: QuantizeReport) -> None:
     """What was rounded by role, with the largest error of a matrix, and the files."""
-    from mpocli.cli import render
+    from mpocli.cli import console, tables, wording
 
-    table = render.table("role", "rounded", "bits", "err", "before", "stored")
-    for role, weights in render.by_role(report.weights):
+    table = tables.table("role", "rounded", "bits", "err", "before", "stored")
+    for role, weights in wording.by_role(report.weights):
         table.add_row(
             role or "other",
             str(len(weights)),
             ", ".join(sorted({str(weight.bits) for weight in weights})),
-            render.error(max(weight.error for weight in weights)),
-            render.size(sum(weight.dense_bytes for weight in weights)),
-            render.size(sum(weight.bytes for weight in weights)),
+            wording.error(max(weight.error for weight in weights)),
+            wording.size(sum(weight.dense_bytes for weight in weights)),
+            wording.size(sum(weight.bytes for weight in weights)),
         )
     table.add_section()
-    sizes = render.size(report.before.bytes), render.size(report.totals.bytes)
+    sizes = wording.size(report.before.bytes), wording.size(report.totals.bytes)
     table.add_row("model", "", f"{report.bits_stored:.2f}", "", *sizes, style="bold")
-    render.show(table)
-    for line in render.notes(report.kept):
-        render.out.print(line, style="dim")
-    render.err.print(f"rounded by {report.method}, written to {report.out} in {report.seconds:.1f} s")
+    tables.show(table)
+    for line in wording.notes(report.kept):
+        console.out.print(line, style="dim")
+    console.err.print(f"rounded by {report.method}, written to {report.out} in {report.seconds:.1f} s")
     line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    render.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+    console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")

@@ -10,7 +10,7 @@ from mpocli.config.quantize import DEFAULT_ROLES, QuantizeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import DTYPE_NAMES
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.encodings.quantised import Quantised

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.targets import Weight
+from mpocli.hf.weight import Weight
 from mpocli.io.claim import writes_output
-from mpocli.io.manifest import Totals
 from mpocli.io.output import check_output, output_directory
+from mpocli.io.totals import Totals
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.quantize.plan import Target, plan
