@@ -31,7 +31,7 @@ Build = Callable[..., demo_models.DemoModels]
 @pytest.fixture(scope="module")
 def documents() -> list[list[str]]:
     """Some of the library's docstrings, read once."""
-    sources = list(itertools.islice(docstrings.source_files(Path(sysconfig.get_path("stdlib"))), 90))
+    sources = list(itertools.islice(docstrings.source_files(Path(sysconfig.get_path("stdlib"))), 60))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(docstrings, "source_files", lambda root: sources)
         return read_docstrings(lambda *step: None)
@@ -97,7 +97,7 @@ def test_models_load_are_found_again_and_two_builds_agree_to_the_byte(build: Bui
 
 
 def test_models_learn(build: Build, tmp_path: Path) -> None:
-    made = build(tmp_path / "demo", steps=25)
+    made = build(tmp_path / "demo", steps=14)
     vocabulary = json.loads((made.bert / "config.json").read_text())["vocab_size"]
     assert 1 < made.bert_perplexity < vocabulary / 2
     assert 1 < made.gpt2_perplexity < vocabulary / 2

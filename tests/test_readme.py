@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -69,7 +70,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mpocli(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line, in this process: torch is imported once."""
+    """Exit code, stdout and stderr of the command line, in this process: torch is imported once. What it has left is
+    kept out of the collections that each training asks for, as in `pytest_runtest_setup`: this test has many."""
+    gc.freeze()
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     return int(ended.value.code or 0), *capsys.readouterr()
