@@ -102,16 +102,16 @@ class Quantised(Encoding):
         """Groups of a row."""
         return -(-self.matrix_shape[1] // self.group) if self.group else 1
 
-    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+    def part_shapes(self) -> tuple[tuple[tuple[int, int], str], ...]:
+        """Shape and dtype, by safetensors' word, of every part."""
         from mpocli.quant.sizes import row_bytes
 
         rows, columns = self.matrix_shape
-        wanted = (
-            ((rows, row_bytes(columns, self.bits)), "U8"),
-            ((rows, self.groups), "F16"),
-            ((rows, self.groups if self.offsets else 0), "F16"),
-        )
-        for part, spec, (shape, dtype) in zip(self.parts, parts, wanted, strict=True):
+        codes = (rows, row_bytes(columns, self.bits))
+        return (codes, "U8"), ((rows, self.groups), "F16"), ((rows, self.groups if self.offsets else 0), "F16")
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        for part, spec, (shape, dtype) in zip(self.parts, parts, self.part_shapes(), strict=True):
             if spec.shape != shape or spec.dtype != dtypes[dtype]:
                 return (
                     f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.bits} bits in groups of "
