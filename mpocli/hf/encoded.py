@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,10 +107,9 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
         for part, tensor in zip(encoding.part_names(name), parts, strict=True):
             # transformers fills what the files lack with uninitialised memory, and marks what it loaded.
             if tensor.device.type == "meta" or not getattr(tensor, "_is_hf_initialized", False):
-                which = "sparse" if encoding.holds_zeros else "encoded"
                 raise InputError(
                     f"{part} was not loaded: the files lack it, or it was sent to disk",
-                    hint=f"{_INCOMPLETE}; {which} tensors cannot be offloaded",
+                    hint=f"{_INCOMPLETE}; {encoding.adjective} tensors cannot be offloaded",
                 )
         try:
             dense = encoding.unpack(*(tensor.detach() for tensor in parts))
@@ -123,7 +123,7 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
             parameter = nn.Parameter(dense)
         else:
             parameter = nn.Parameter(dense, requires_grad=False)
-            remember(module, leaf, tuple(parts))
+            remember(module, leaf, encoding, tuple(parts))
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(module, leaf, parameter)
     for follower, name in followers.items():
@@ -139,43 +139,75 @@ def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     parameters = dict(model.named_parameters(prefix.removesuffix("."), remove_duplicate=False))
     encodings = encodings_of(model)
     for name, kind in encoded(state).items():
-        if name in parameters:
-            encoding = encodings.get(name.removeprefix(prefix)) or kind(tuple(parameters[name].shape))
-            state[name] = encoding.unpack(*(state.pop(part) for part in kind.part_names(name)))
+        own = name.removeprefix(prefix)
+        encoding = encodings.get(own)
+        if encoding is None and kind.is_exact and name in parameters:
+            encoding = kind(tuple(parameters[name].shape))
+        if name in parameters and encoding is not None and isinstance(encoding, kind):
+            tensors = tuple(state.pop(part) for part in kind.part_names(name))
+            state[name] = encoding.unpack(*tensors)
+            if not encoding.is_exact:
+                owner, leaf = own.rpartition(".")[::2]
+                remember(model.get_submodule(owner), leaf, encoding, tensors)
     for name in state.keys() & parameters.keys():
         look_again(parameters[name])
 
 
-def remember(module: nn.Module, leaf: str, parts: tuple[Tensor, ...]) -> None:
+def remember(module: nn.Module, leaf: str, encoding: Encoding, parts: tuple[Tensor, ...]) -> None:
     """Keep the parts that a module's tensor was made of, for storing it again bit by bit."""
     kept = dict(getattr(module, _PARTS, {}))
-    setattr(module, _PARTS, kept | {leaf: tuple(part.detach() for part in parts)})
+    setattr(module, _PARTS, kept | {leaf: (encoding, tuple(part.detach() for part in parts))})
 
 
-def remembered(model: Any, name: str) -> tuple[Tensor, ...] | None:
-    """The parts that a tensor of a loaded model was made of, where rounding would not find them again."""
+def remembered(model: Any, name: str) -> tuple[Encoding, tuple[Tensor, ...]] | None:
+    """The parts that a tensor of a loaded model was made of, where rounding would not find them again, and how."""
     owner, _, leaf = name.rpartition(".")
-    found: tuple[Tensor, ...] | None = getattr(model.get_submodule(owner), _PARTS, {}).get(leaf)
+    found: tuple[Encoding, tuple[Tensor, ...]] | None = getattr(model.get_submodule(owner), _PARTS, {}).get(leaf)
     return found
 
 
-def stored_encodings(state: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:
-    """The encodings of what there is to save, with the shapes that it has.
+def unchanged_parts(model: Any, state: Mapping[str, Any], encodings: Encodings) -> dict[str, tuple[Tensor, ...]]:
+    """The parts of those tensors that still are what they were made of and are to be stored so, in whatever dtype."""
+    found = {}
+    for name in (name for name in encodings if name in state and not encodings[name].is_exact):
+        made, tensor = remembered(model, name), state[name]
+        if made is None or tensor.dtype not in DTYPE_NAMES:
+            continue
+        before, wanted = (
+            replace(one.in_dtype(DTYPE_NAMES[tensor.dtype]), key=None) for one in (made[0], encodings[name])
+        )
+        if before != wanted or before.shape != tuple(tensor.shape):
+            continue
+        if torch.equal(before.unpack(*made[1]), tensor.to(made[1][0].device)):
+            found[name] = made[1]
+    return found
+
+
+def stored_encodings(
+    state: Mapping[str, Any], encodings: Encodings, unchanged: Collection[str] = ()
+) -> dict[str, Encoding]:
+    """The encodings of what there is to save, with the shapes and dtypes that it has.
 
     A model's layers may have been removed, its vocabulary resized, an adapter merged into a matrix that then is an
     ordinary one.
     """
-    return {
-        name: replace(e, shape=tuple(state[name].shape))
-        for name, e in encodings.items()
-        if name in state and e.suits(state[name])
-    }
+    found = {}
+    for name, encoding in encodings.items():
+        if name in state and (name in unchanged or encoding.suits(state[name])):
+            here = encoding if name in unchanged else encoding.of(state[name])
+            found[name] = here.in_dtype(DTYPE_NAMES[state[name].dtype])
+    return found
 
 
-def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Encodings) -> dict[str, Any]:
+def packed_state(
+    model: PreTrainedModel,
+    state: dict[str, Any],
+    encodings: Encodings,
+    unchanged: Mapping[str, tuple[Tensor, ...]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """A state dict with their parts in the place of encoded tensors, and what is tied to them left out.
 
-    A rounded tensor that has not changed since it was loaded keeps its parts.
+    What has not changed since it was loaded keeps its parts.
     """
     owners = {(state[name].device, state[name].data_ptr()) for name in encodings}
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -183,11 +215,12 @@ def packed_state(model: PreTrainedModel, state: dict[str, Any], encodings: Encod
     packed: dict[str, Any] = {}
     for name, tensor in state.items():
         if name in encodings:
-            encoding, parts = encodings[name], remembered(model, name)
-            if parts is not None and torch.equal(encoding.unpack(*parts), tensor.to(parts[0].device)):
-                packed |= encoding.named(name, parts, tensor.new_zeros(1))
-            else:
-                packed |= encoding.encode(name, tensor)
+            encoding = encodings[name]
+            packed |= (
+                encoding.named(name, unchanged[name], tensor.new_zeros(1))
+                if name in unchanged
+                else encoding.encode(name, tensor)
+            )
         elif name not in tied or (tensor.device, tensor.data_ptr()) not in owners:
             packed[name] = tensor
     return packed

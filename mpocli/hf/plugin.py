@@ -21,6 +21,7 @@ from mpocli.hf.encoded import (
     postpone_ties,
     reserve,
     stored_encodings,
+    unchanged_parts,
     unpack,
     with_saved_keys,
 )
@@ -171,8 +172,10 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, MPOModule) and module.tied_to is not None:
                 for k in range(module.sites.sites):
                     state.pop(f"{name}.core_{k}", None)
-        encodings = stored_encodings(state, encodings_from(self.quantization_config.encodings))
-        state = packed_state(model, state, encodings)
+        encodings = encodings_from(self.quantization_config.encodings)
+        unchanged = unchanged_parts(model, state, encodings)
+        encodings = stored_encodings(state, encodings, unchanged)
+        state = packed_state(model, state, encodings, unchanged)
         keep_parts_together(model, state)
         encodings = with_saved_keys(model, state, encodings)
         self.quantization_config.encodings = {name: encoding.to_dict() for name, encoding in encodings.items()}

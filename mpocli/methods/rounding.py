@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ _GAUGES = (0.0, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class RoundedChain:
-    """Cores on their grids, each as a matrix (left · out, in · right), the MPO of them, and its loss."""
+    """Cores on their grids, each as a matrix (left · out, in · right), the MPO of all cores, and its loss. What is not
+    rounded is in `mpo` too: its gauge may have changed."""
 
     rounded: tuple[Rounded, ...]
     mpo: MPO
@@ -39,22 +41,39 @@ def round_matrix(matrix: Tensor, gram: Tensor | None, grid: Grid, *, searches: b
 
 
 def round_chain(
-    mpo: MPO, gram: Tensor | None, grids: Sequence[Grid | None], *, output: Tensor | None = None
+    mpo: MPO,
+    gram: Tensor | None,
+    grids: Sequence[Grid | None],
+    *,
+    output: Tensor | None = None,
+    moves: bool = True,
 ) -> RoundedChain:
     """The cores of an MPO on their grids, from the last to the first, each seen through its neighbours.
 
     A core is rounded with those before it left-canonical, so that its error counts as itself, and in the norm of what
     reaches it through those after it, rounded already (`core_gram`). Of a pair, the second factor's error is then made
     up for by the first one, which is fitted anew before it is rounded; and of `_GAUGES` the better one is taken.
-    `grids` has one for every core, None for one that stays as it is. The norm is tr(H D G Dᵀ), `gram` G (I, I) of the
+    `grids` has one for every core, None for one that is not rounded. Without `moves` such a core stays as it is to the
+    bit, and the others are rounded in the gauge that they have. The norm is tr(H D G Dᵀ), `gram` G (I, I) of the
     inputs and `output` H (O, O); None is the identity.
     """
     wide = mpo.to(dtype=working_dtype(mpo.cores[0].device))
     matrix = wide.to_matrix()
     if None in grids or not _is_svd(wide):
-        return _measured(_round_each(canonicalize(wide, len(mpo.cores) - 1), gram, grids), matrix, gram, output)
+        last = max(k for k, grid in enumerate(grids) if grid is not None)
+        seen = _gauged(wide, last) if moves or None not in grids else wide
+        return _measured(_round_each(seen, gram, grids), matrix, gram, output)
     tried = [_measured(_round_pair(wide, matrix, gram, grids, share), matrix, gram, output) for share in _GAUGES]
     return min(tried, key=lambda one: one.loss)
+
+
+def _gauged(mpo: MPO, center: int) -> MPO:
+    """Canonical around `center`; as it is where that is known, or where a bond that is wider than it can be would
+    shrink."""
+    if mpo.center == center:
+        return mpo
+    made = canonicalize(mpo, center)
+    return made if made.bond_dims == mpo.bond_dims else mpo
 
 
 _Made = tuple[list[Rounded | None], list[Tensor], tuple[int, int]]
@@ -68,17 +87,17 @@ def _measured(made: _Made, matrix: Tensor, gram: Tensor | None, output: Tensor |
 
 
 def _round_each(mpo: MPO, gram: Tensor | None, grids: Sequence[Grid | None]) -> _Made:
-    """From the last core to the first; the centre is at the last one, and what it carries moves on with it."""
+    """From the last core to the first."""
     cores = list(mpo.cores)
     rounded: list[Rounded | None] = [None] * len(cores)
     in_dims = mpo.site_shape.in_dims
     for k in reversed(range(len(cores))):
         left, out, in_, right = cores[k].shape
-        if grids[k] is None:
+        grid = grids[k]
+        if grid is None:
             continue
         flat = cores[k].reshape(left * out, in_ * right)
-        seen = _seen(cores[k + 1 :], gram, in_dims, k)
-        made = round_matrix(flat, seen, grids[k])  # type: ignore[arg-type]
+        made = round_matrix(flat, _seen(cores[k + 1 :], gram, in_dims, k), grid)
         cores[k] = made.values(torch.float32).to(cores[k]).reshape(left, out, in_, right)
         rounded[k] = made
     return rounded, cores, mpo.shape
@@ -89,9 +108,7 @@ def _seen(after: Sequence[Tensor], gram: Tensor | None, in_dims: Sequence[int], 
     if gram is None:
         if not after:
             return None
-        size = 1
-        for dim in in_dims:
-            size *= dim
+        size = math.prod(in_dims)
         gram = torch.eye(size, dtype=after[0].dtype, device=after[0].device)
     made = core_gram(list(after), gram, in_dims, k)
     return regularised(made, 10**9, least=FLOOR * 100, name="a core's inputs")
@@ -103,25 +120,28 @@ def _is_svd(mpo: MPO) -> bool:
 
 
 def _round_pair(mpo: MPO, matrix: Tensor, gram: Tensor | None, grids: Sequence[Grid | None], share: float) -> _Made:
-    """U V of a truncated SVD: V's rows have the shapes (1, I), U's the bond's."""
+    """U V of a truncated SVD: V's rows have the shapes (1, I), U's the bond's. Both may be padded."""
     first, second = grids
     assert first is not None and second is not None
-    left = canonicalize(mpo, 1)
+    sites = mpo.site_shape
+    left = _gauged(mpo, 1)
     rest = left.cores[1].reshape(left.bond_dims[1], -1)
     # Every row of V has scales of its own: what U's entries are is all that the gauge decides.
     sizes = torch.linalg.vector_norm(rest, dim=1).clamp_min(torch.finfo(rest.dtype).tiny) ** share
-    back = round_matrix(rest / sizes[:, None], gram, second)
+    padded = gram is not None and len(gram) < rest.shape[1]
+    back = round_matrix(rest / sizes[:, None], _seen([], gram, sites.in_dims, 1) if padded else gram, second)
     values = back.values(torch.float32).to(rest)
     core = values.reshape(len(values), 1, -1, 1)
-    fitted = _fitted(matrix, values, gram)
-    front = round_matrix(fitted, _seen([core], gram, mpo.site_shape.in_dims, 0), first)
+    fitted = _fitted(matrix, values[:, : mpo.shape[1]], gram)
+    fitted = torch.nn.functional.pad(fitted, (0, 0, 0, sites.out_dims[0] - len(fitted)))
+    front = round_matrix(fitted, _seen([core], gram, sites.in_dims, 0), first)
     return [front, back], [front.values(torch.float32).to(rest)[None, :, None, :], core], mpo.shape
 
 
 def _fitted(matrix: Tensor, second: Tensor, gram: Tensor | None) -> Tensor:
-    """U (O, r) of least error beside a V (r, I) that is rounded: W G Vᵀ (V G Vᵀ)⁻¹."""
+    """U (O, r) of least error beside a V (r, I) that is rounded: W G Vᵀ (V G Vᵀ)⁻¹, 0 beside a V of zeros."""
     weighted = second if gram is None else second @ gram
     square = weighted @ second.T
-    square.diagonal().add_(1e-9 * float(square.diagonal().mean()))
+    square.diagonal().add_(1e-9 * float(square.diagonal().mean()) or 1.0)
     made: Tensor = torch.linalg.solve(square, weighted @ matrix.T)
     return made.T

@@ -9,19 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpocli.quant.grid import Grid, Rounded, best_scales, codes_of, nearest, searched
+from mpocli.errors import NumericsError
+from mpocli.quant.grid import Grid, Rounded, best_scales, codes_of, nearest, searched, start_of
 
 # Columns after which the errors are passed on to all that follow, at once.
 _BLOCK = 128
+# Of the mean of the diagonal, what is added to it until its inverse has a root.
+_DAMPINGS = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 def gptq(matrix: Tensor, gram: Tensor, grid: Grid) -> Rounded:
-    """W (R, C) on its grids, with a small tr(D G Dᵀ) of the difference D; G (C, C) positive definite.
+    """W (R, C) on its grids, with a small tr(D G Dᵀ) of the difference D; G (C, C) positive semi-definite.
 
     Never worse in that norm than `nearest` and `searched`, the best of the three is given back. A group's scales are
     those of least squared error of what its columns are when their turn comes, each column counted by 1/[G⁻¹]_jj of the
-    columns that are left. `gram` is expected regularised (`mpo.gram`): its Cholesky factor is taken once, in float64.
-    Raises `NumericsError` where it is not positive definite, and what `nearest` raises.
+    columns that are left. `gram` is expected regularised (`mpo.gram`): its Cholesky factor is taken once, in float64,
+    with the least of `_DAMPINGS` that it takes. Raises `NumericsError` where none of them suffices, and what `nearest`
+    raises.
     """
     rounded = [nearest(matrix, grid), searched(matrix, grid, gram.diagonal()), _passed_on(matrix, gram, grid)]
     wide = matrix.to(gram.dtype)
@@ -42,45 +46,57 @@ def _passed_on(matrix: Tensor, gram: Tensor, grid: Grid) -> Rounded:
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(grid.groups(columns), rows, dtype=torch.float16, device=matrix.device)
     offsets = torch.empty_like(scales) if grid.offsets else scales.new_empty(0, rows)
-    block = size if size >= _BLOCK else _BLOCK // size * size
-    steps = torch.zeros(rows, 1)
-    starts = torch.zeros(rows, 1)
+    block = _block(size, columns)
     for first in range(0, columns, block):
         last = min(first + block, columns)
         part, local = work[first:last], root[first:last, first:last]
         errors = torch.empty_like(part)
         for j in range(last - first):
-            if (first + j) % size == 0:
-                here = part[j : j + size].T.unsqueeze(1).contiguous()  # (R, 1, S)
-                weights = counts[first + j : first + j + size].reshape(1, 1, -1)
-                found = best_scales(here, grid, weights)
-                number = (first + j) // size
-                scales[number] = found[0][:, 0]
+            group, begun = divmod(first + j, size)
+            if not begun:
+                here = slice(first + j, first + j + size)
+                found = best_scales(work[here].T.unsqueeze(1).contiguous(), grid, counts[here].reshape(1, 1, -1))
+                scales[group] = found[0][:, 0]
                 if grid.offsets:
-                    offsets[number] = found[1][:, 0]
-                steps, starts = found
-            column = part[j].unsqueeze(-1).unsqueeze(-1)  # (R, 1, 1)
-            code = codes_of(column, steps, starts, grid)
-            codes[first + j] = code.reshape(-1).to(torch.uint8)
-            value = (starts.float() if grid.offsets else -(grid.levels // 2) * steps.float()) + steps.float() * code[
-                ..., 0
-            ]
-            errors[j] = (part[j] - value[:, 0]) / local[j, j]
+                    offsets[group] = found[1][:, 0]
+                steps, starts = found[0].float(), start_of(found[0].float().unsqueeze(-1), found[1], grid)[..., 0]
+            code = codes_of(part[j].reshape(rows, 1, 1), *found, grid)[..., 0]
+            codes[first + j] = code[:, 0].to(torch.uint8)
+            errors[j] = (part[j] - (starts + steps * code)[:, 0]) / local[j, j]
             part[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
         work[last:].addmm_(root[first:last, last:].T, errors, alpha=-1)
     return Rounded(grid, codes.T.contiguous(), scales.T.contiguous(), offsets.T.contiguous())
 
 
+def _block(size: int, columns: int) -> int:
+    """Columns of a block, in which no group begins but with it or to end in it: its scales are found of columns that
+    all the errors before them have reached."""
+    if size <= _BLOCK:
+        return _BLOCK // size * size
+    return _BLOCK if size == columns or size % _BLOCK == 0 else size
+
+
 def inverse_root(gram: Tensor) -> Tensor:
-    """Upper triangular U with UᵀU = G⁻¹; U_jj² is [G⁻¹]_jj of the columns from j on.
+    """Upper triangular U with UᵀU = (G/m)⁻¹, m the mean of G's diagonal; U_jj² is its [G⁻¹]_jj of the columns from j
+    on, times m.
 
-    With J G J = L Lᵀ, J the reversal, U = J L⁻¹ J. Raises `torch.linalg.LinAlgError` where G is not positive definite.
+    With J G J = L Lᵀ, J the reversal, U = J L⁻¹ J. Where G has no such factor, some of m is added to its diagonal.
+    Raises `NumericsError` where that does not help.
 
-    >>> inverse_root(torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    tensor([[0.5000, 0.0000],
-            [0.0000, 1.0000]], dtype=torch.float64)
+    >>> inverse_root(torch.tensor([[1.6, 0.0], [0.0, 0.4]], dtype=torch.float64))
+    tensor([[0.7906, 0.0000],
+            [0.0000, 1.5811]], dtype=torch.float64)
     """
-    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    mean = float(gram.diagonal().mean())
+    reverse = gram.flip(0, 1) / mean if mean > 0 else torch.zeros_like(gram)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(0, 1)
+    for damping in _DAMPINGS if mean > 0 else (1.0,):
+        lower, failed = torch.linalg.cholesky_ex(reverse + damping * eye)
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+            return inverse.flip(0, 1)
+    raise NumericsError(
+        f"the Gram matrix of {len(gram)} inputs is not positive definite, not even with {_DAMPINGS[-1]:g} of its mean "
+        "diagonal added",
+        hint="calibrate on more tokens, or round to nearest",
+    )

@@ -69,11 +69,11 @@ def dequantised(codes: Tensor, scales: Tensor, offsets: Tensor, grid: Grid, dtyp
     rows, columns = codes.shape
     size, groups = grid.size(columns), grid.groups(columns)
     padded = torch.nn.functional.pad(codes, (0, groups * size - columns)) if groups * size != columns else codes
-    steps = padded.reshape(rows, groups, size).to(torch.float32)
-    if offsets.numel():
-        steps = torch.addcmul(offsets.float().unsqueeze(-1), steps, scales.float().unsqueeze(-1))
-    else:
-        steps = steps.sub_(grid.levels // 2).mul_(scales.float().unsqueeze(-1))
+    scale = scales.float().unsqueeze(-1)
+    # Exact without offsets, so that a level of 0 is never −0.0.
+    steps = torch.addcmul(start_of(scale, offsets, grid), padded.reshape(rows, groups, size).to(torch.float32), scale)
+    if dtype == torch.float16:  # the last level may lie beyond what was to be reached
+        steps.clamp_(-_LARGEST, _LARGEST)
     return steps.reshape(rows, -1)[:, :columns].to(dtype).contiguous()
 
 
@@ -90,11 +90,17 @@ def nearest(matrix: Tensor, grid: Grid) -> Rounded:
 def searched(matrix: Tensor, grid: Grid, weights: Tensor | None = None) -> Rounded:
     """Round to nearest on the grids of least squared error among those that end at a share of the largest entry.
 
-    `weights` (C,) count the columns; None counts all the same. Raises what `nearest` does.
+    `weights` (C,) count the columns, or (R, C) the entries; None counts all the same. Raises what `nearest` does.
     """
     grouped = _grouped(matrix, grid)
-    by_group = None if weights is None else _grouped(weights.reshape(1, -1).to(grouped), grid)
-    scales, offsets = best_scales(grouped, grid, by_group)
+    columns = matrix.shape[1]
+    missing = grid.groups(columns) * grid.size(columns) - columns
+    if weights is None and missing:
+        weights = grouped.new_ones(columns)
+    if weights is not None:  # what fills up a last group counts nothing
+        weights = torch.nn.functional.pad(weights.reshape(-1, columns).to(grouped), (0, missing))
+        weights = weights.reshape(len(weights), *grouped.shape[1:])
+    scales, offsets = best_scales(grouped, grid, weights)
     return _rounded(matrix, grouped, scales, offsets, grid)
 
 
@@ -115,15 +121,20 @@ def best_scales(grouped: Tensor, grid: Grid, weights: Tensor | None = None) -> t
 def codes_of(grouped: Tensor, scales: Tensor, offsets: Tensor, grid: Grid) -> Tensor:
     """The nearest codes of (…, G, S) groups on grids of (…, G), as floating-point numbers."""
     steps = scales.to(grouped).unsqueeze(-1)
-    start = offsets.to(grouped).unsqueeze(-1) if grid.offsets else -(grid.levels // 2) * steps
+    start = start_of(steps, offsets, grid)
     inverse = torch.where(steps == 0, torch.zeros_like(steps), 1 / steps)
     return ((grouped - start) * inverse).round_().clamp_(0, grid.levels - 1)
+
+
+def start_of(steps: Tensor, offsets: Tensor, grid: Grid) -> Tensor:
+    """What the codes 0 stand for, of the steps (…, G, 1) of grids and their offsets (…, G)."""
+    return offsets.to(steps).unsqueeze(-1) if grid.offsets else -(grid.levels // 2) * steps
 
 
 def _error(grouped: Tensor, scales: Tensor, offsets: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
     codes = codes_of(grouped, scales, offsets, grid)
     steps = scales.to(grouped).unsqueeze(-1)
-    start = offsets.to(grouped).unsqueeze(-1) if grid.offsets else -(grid.levels // 2) * steps
+    start = start_of(steps, offsets, grid)
     squares = codes.mul_(steps).add_(start).sub_(grouped).square_()
     return (squares if weights is None else squares.mul_(weights)).sum(-1)
 

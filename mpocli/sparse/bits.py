@@ -44,8 +44,14 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 def pack_sparse(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(bitmask, values) of a tensor; an entry is dropped if all its bits are zero, so that −0.0 comes back too."""
     flat = tensor.detach().reshape(-1).contiguous()
-    kept = flat.view(_WORDS[flat.element_size()]) != 0
+    kept = is_kept(flat)
     return pack_bits(kept), flat[kept]
+
+
+def is_kept(tensor: Tensor) -> Tensor:
+    """Where not all bits of an entry are zero: −0.0 is kept."""
+    whole = tensor.contiguous()
+    return whole.view(_WORDS[whole.element_size()]) != 0
 
 
 def unpack_sparse(packed: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:

@@ -35,7 +35,8 @@ class Encoding(ABC):
     """One tensor's encoding: its dense shape, and in a subclass what else must be known to read it, all of it JSON.
 
     `key` is the tensor's name in the files where that is not the model's: transformers renames some on loading.
-    `name` is the word for the encoding in JSON, `phrase` what a tensor is stored as, `account` the same at length.
+    `name` is the word for the encoding in JSON, `phrase` what a tensor is stored as, `account` the same at length,
+    `adjective` what such tensors are called.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class Encoding(ABC):
     name: ClassVar[str]
     phrase: ClassVar[str]
     account: ClassVar[str]
+    adjective: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
     holds_zeros: ClassVar[bool] = False  # whether training leaves zeros exactly zero
     is_exact: ClassVar[bool] = True  # whether any tensor comes back as it was; else its parts are kept beside it
@@ -72,6 +74,10 @@ class Encoding(ABC):
             found[name] = zero
         return found
 
+    def of(self, tensor: Tensor) -> Self:
+        """The same for a tensor that was changed, for storing it."""
+        return replace(self, shape=tuple(tensor.shape))
+
     def suits(self, tensor: Tensor) -> bool:
         """Whether a tensor that was read so is to be stored so again."""
         return True
@@ -81,6 +87,11 @@ class Encoding(ABC):
         return ""
 
     # --- metadata ---
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of a code, None where there are no codes but values."""
+        return None
 
     @abstractmethod
     def nbytes(self, zeros: int, itemsize: int) -> int:

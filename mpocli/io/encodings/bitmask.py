@@ -27,6 +27,7 @@ class Bitmask(Encoding):
     name = "bitmask"
     phrase = "a bitmask"
     account = "a bitmask and the values it keeps"
+    adjective = "sparse"
     parts = (Part("_bitmask", "bitmask", "U8"), Part("_values", "values"))
     holds_zeros = True
 

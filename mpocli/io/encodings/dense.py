@@ -19,6 +19,7 @@ class Dense(Encoding):
     name = "dense"
     phrase = "a tensor"
     account = "a tensor"
+    adjective = "dense"
     parts = (Part("", "tensor"),)
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.bitmask import Bitmask as Bitmask  # a line for each: what is imported here is known
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.encodings.quantised import Quantised as Quantised
+from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask as QuantisedBitmask
 
 # By the word for it in JSON. A tensor that has no entry there is dense.
 KINDS: Mapping[str, type[Encoding]] = {kind.name: kind for kind in Encoding.__subclasses__() if kind is not Dense}

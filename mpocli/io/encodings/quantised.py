@@ -38,6 +38,7 @@ class Quantised(Encoding):
     name = "quantised"
     phrase = "packed codes"
     account = "packed codes of few bits with their scales"
+    adjective = "quantised"
     parts = (Part("_codes", "codes", "U8"), Part("_scales", "scales", "F16"), Part("_offsets", "offsets", "F16"))
     is_exact = False
 
@@ -48,6 +49,10 @@ class Quantised(Encoding):
             return self.shape[1], self.shape[0]
         columns = math.prod(self.shape[-2:]) if len(self.shape) > 3 else self.shape[-1]
         return math.prod(self.shape) // columns, columns
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
 
     @property
     def grid(self) -> Grid:

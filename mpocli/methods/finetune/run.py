@@ -174,8 +174,10 @@ def _check_overparam(config: FinetuneConfig, checkpoint: Checkpoint, model: str)
         raise InputError(f"{model}: has MPOs already, and --overparam makes its own", hint="run mpocli merge first")
     if checkpoint.encodings:
         raise InputError(
-            f"{model}: is sparse, and MPOs that are folded back would fill its zeros",
-            hint="over-parameterise first, then run mpocli sparsify",
+            f"{model}: is sparse, and MPOs that are folded back would fill its zeros"
+            if any(encoding.holds_zeros for encoding in checkpoint.encodings.values())
+            else f"{model}: is stored in few bits, and MPOs that are folded back would not fit its grids",
+            hint="over-parameterise first, then run mpocli sparsify or quantize",
         )
 
 

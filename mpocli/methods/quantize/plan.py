@@ -12,17 +12,29 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import DTYPE_NAMES
+from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.encodings.quantised import Quantised
+from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
 from mpocli.methods.skipped import Skipped
+from mpocli.mpo.linalg import dtype_name
+
+OnGrids = Quantised | QuantisedBitmask
 
 
 @dataclass(frozen=True)
 class Target:
-    """A weight of which tensors are rounded: their encodings by the leaf, `weight` or a core's name."""
+    """A weight of which tensors are rounded: their encodings by the leaf, `weight` or a core's name. `is_packed` where
+    another of its tensors is in parts already, and stays as it is."""
 
     weight: Weight
-    encodings: dict[str, Quantised]
+    encodings: dict[str, OnGrids]
+    is_packed: bool = False
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether zeros are among what is rounded, which are to stay."""
+        return any(encoding.holds_zeros for encoding in self.encodings.values())
 
 
 def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], list[Skipped]]:
@@ -38,9 +50,9 @@ def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], 
     check_model(config, checkpoint.source.name, {"cores"} if any(weight.entry for weight in chosen) else ())
     targets, kept = [], []
     for weight in chosen:
-        encodings, reason = _of(weight, checkpoint, config)
-        if encodings:
-            targets.append(Target(weight, encodings))
+        target, reason = _of(weight, checkpoint, config)
+        if target.encodings:
+            targets.append(target)
         if reason:
             kept.append(Skipped(weight.name, weight.role, reason))
     if not targets:
@@ -49,31 +61,39 @@ def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], 
     return targets, kept
 
 
-def _of(weight: Weight, checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[dict[str, Quantised], str]:
-    """The encodings of what is rounded of a weight, and why something of it stays wide."""
+def _of(weight: Weight, checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[Target, str]:
+    """What is rounded of a weight, and why something of it stays wide."""
     if weight.obstacle or weight.key is None:
-        return {}, weight.obstacle
-    found: dict[str, Quantised] = {}
-    reason = ""
+        return Target(weight, {}), weight.obstacle
+    found: dict[str, OnGrids] = {}
+    reason, is_packed = "", False
     for leaf, shape in _leaves(weight, config):
         key = weight.key_of(leaf)
-        before = checkpoint.reader.encoding(key)
-        encoding = Quantised(
+        spec, before = checkpoint.reader.specs[key], checkpoint.reader.encoding(key)
+        if before.code_bits is not None:
+            reason, is_packed = f"{leaf} is stored as {before.phrase} already", True
+            continue
+        if DTYPE_NAMES[spec.dtype] not in ("F64", "F32", "F16", "BF16"):
+            reason = f"{leaf} is stored in {dtype_name(spec.dtype)}"
+            continue
+        encoding: OnGrids = Quantised(
             shape,
             bits=config.bits,
             group=config.group,
             offsets=config.has_offsets,
             transposed=leaf == "weight" and weight.kind == "conv1d" and len(shape) == 2,
-            dtype=DTYPE_NAMES[checkpoint.reader.specs[key].dtype],
+            dtype=DTYPE_NAMES[spec.dtype],
         )
-        wide = before.nbytes(0, checkpoint.reader.specs[key].dtype.itemsize)
-        if not isinstance(before, Dense):
-            reason = f"{leaf} is stored as {before.phrase} already"
-        elif encoding.nbytes(0, 0) >= wide:
+        wide = sum(part.nbytes for part in checkpoint.reader.parts(key))
+        if isinstance(before, Bitmask):
+            kept = checkpoint.reader.parts(key)[1].numel
+            encoding = QuantisedBitmask(**vars(encoding), pattern=before.pattern, kept=kept)
+        if encoding.nbytes(0, 0) >= wide:
             reason = f"{leaf} would be no smaller: {encoding.nbytes(0, 0):,} bytes, it has {wide:,}"
+            is_packed = is_packed or not isinstance(before, Dense)
         else:
             found[leaf] = encoding
-    return found, reason
+    return Target(weight, found, is_packed), reason
 
 
 def _leaves(weight: Weight, config: QuantizeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

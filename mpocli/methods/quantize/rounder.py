@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +15,43 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import sequential
 from mpocli.hf.loading import load_as_saved
 from mpocli.io.encodings.quantised import Quantised
+from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
 from mpocli.methods.data.calibration import calibration_batches, fed
-from mpocli.methods.quantize.plan import Target
+from mpocli.methods.quantize.plan import OnGrids, Target
 from mpocli.methods.rounding import round_chain, round_matrix
 from mpocli.mpo import MPO
 from mpocli.mpo.gram import regularised
 from mpocli.mpo.linalg import check_finite
 from mpocli.nn import MPOModule
 from mpocli.progress import Progress
-from mpocli.quant.grid import Rounded, nearest, searched
+from mpocli.quant.grid import nearest, searched
+from mpocli.quant.kept import round_kept
 
 Parts = tuple[Tensor, ...]
 # Of the mean of the inputs' second moments, what every direction counts for at least: few tokens tell little.
 _DAMPING = 0.01
 
 
-def nearest_parts(encoding: Quantised, tensor: Tensor, name: str) -> Parts:
-    """Rounded to nearest. Raises `NumericsError` for entries that no float16 scale reaches."""
-    return _parts(encoding, encoding.matrix(tensor), name, nearest)
-
-
-def searched_parts(encoding: Quantised, tensor: Tensor, name: str) -> Parts:
-    """Rounded on the grids of least squared error, for what has no inputs that are known. Raises `NumericsError`."""
-    return _parts(encoding, encoding.matrix(tensor), name, searched)
-
-
-def _parts(encoding: Quantised, matrix: Tensor, name: str, do: Callable[..., Rounded]) -> Parts:
-    check_finite(matrix, name)
+def parts_of(encoding: OnGrids, tensor: Tensor, name: str, *, searches: bool) -> Parts:
+    """Rounded to nearest, or (`searches`) on the grids of least squared error, for what has no inputs that are known.
+    Raises `NumericsError` for entries that no float16 scale reaches."""
+    check_finite(tensor, name)
     try:
-        return encoding.packed(do(matrix, encoding.grid))
+        if isinstance(encoding, QuantisedBitmask):
+            matrix, mask = encoding.entries(tensor)
+            return encoding.packed(mask, round_kept(matrix, mask, encoding.whole.grid, searches=searches))
+        return encoding.packed((searched if searches else nearest)(encoding.matrix(tensor), encoding.grid))
     except NumericsError as error:
         raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was found out by the inputs, by the tensors' names: the `parts` of what is rounded, and what other cores
+    `became` beside those that are."""
+
+    parts: dict[str, Parts] = field(default_factory=dict)
+    became: dict[str, Tensor] = field(default_factory=dict)
 
 
 def parts_by_inputs(
@@ -55,12 +62,12 @@ def parts_by_inputs(
     *,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda line: None,
-) -> dict[str, Parts]:
-    """The parts of the tensors of layers, by their names: GPTQ (Frantar et al., ICLR 2023), along chains too.
+) -> Known:
+    """The parts of the tensors of layers: GPTQ (Frantar et al., ICLR 2023), along chains too.
 
     Blocks are rounded in the order of execution, each from the outputs of those that were rounded before it. What has
-    no inputs of its own (a table, an expert) is not in the answer. Raises `InputError` for text or a model that cannot
-    be used, and `NumericsError` for entries that no scale reaches.
+    no inputs of its own (a table, an expert) or zeros to keep is not in the answer. Raises `InputError` for text or a
+    model that cannot be used, and `NumericsError` for entries that no scale reaches.
     """
     assert config.calibration is not None
     batches = calibration_batches(checkpoint, config.calibration, config.data, config.seed, warn=warn)
@@ -70,7 +77,7 @@ def parts_by_inputs(
     model = load_as_saved(checkpoint).to(device)
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
     layers = {target.weight.name: target for target in targets if _has_inputs(target)}
-    made: dict[str, Parts] = {}
+    made = Known()
     few: tuple[int, str] | None = None
     done = 0
 
@@ -82,7 +89,7 @@ def parts_by_inputs(
             few = size, f"{name}: {inputs.tokens} calibration tokens for {size} inputs"
         gram = regularised(inputs.gram, inputs.tokens, least=_DAMPING, name=name)
         try:
-            made.update(_layer(module, layers[name], gram))
+            _layer(module, layers[name], gram, made)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
         done += 1
@@ -98,25 +105,34 @@ def parts_by_inputs(
 
 def _has_inputs(target: Target) -> bool:
     weight = target.weight
+    if target.is_sparse:
+        return False
     is_table = weight.kind == "embedding" or len(weight.members) > 1
     return not is_table and (weight.entry is None or not weight.entry.spec.experts)
 
 
 @torch.no_grad()
-def _layer(module: nn.Module, target: Target, gram: Tensor) -> dict[str, Parts]:
-    """Rounds a layer in place."""
+def _layer(module: nn.Module, target: Target, gram: Tensor, known: Known) -> None:
+    """Rounds a layer in place, and takes down what it became."""
     weight = target.weight
     if not isinstance(module, MPOModule):
         encoding = target.encodings["weight"]
+        assert isinstance(encoding, Quantised)
         parameter = module.get_parameter("weight")
         rounded = round_matrix(encoding.matrix(parameter), gram, encoding.grid)
         parameter.copy_(encoding.tensor(rounded.values()))
-        return {f"{weight.name}.weight": encoding.packed(rounded)}
-    cores = MPO(tuple(core.detach() for core in module.cores), weight.shape)
+        known.parts[f"{weight.name}.weight"] = encoding.packed(rounded)
+        return
+    center = weight.entry.center if weight.entry else None
+    cores = MPO(tuple(core.detach() for core in module.cores), weight.shape, center)
     by_core = [target.encodings.get(f"core_{k}") for k in range(len(cores.cores))]
-    chain = round_chain(cores, gram, [one.grid if one else None for one in by_core])
-    for parameter, core in zip(module.cores, chain.mpo.cores, strict=True):
+    grids = [one.grid if isinstance(one, Quantised) else None for one in by_core]
+    chain = round_chain(cores, gram, grids, moves=not target.is_packed)
+    parts = iter(chain.rounded)
+    for k, (parameter, core, one) in enumerate(zip(module.cores, chain.mpo.cores, by_core, strict=True)):
+        name = f"{weight.name}.core_{k}"
+        if isinstance(one, Quantised):
+            known.parts[name] = one.packed(next(parts))
+        elif not torch.equal(core.to(parameter), parameter):
+            known.became[name] = core.to(parameter).cpu()
         parameter.copy_(core)
-    found = [one for one in by_core if one is not None]
-    names = [f"{weight.name}.core_{k}" for k, one in enumerate(by_core) if one is not None]
-    return {name: one.packed(rounded) for name, one, rounded in zip(names, found, chain.rounded, strict=True)}

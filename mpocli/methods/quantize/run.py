@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from mpocli.io.totals import Totals
 from mpocli.methods.device import device_of
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.quantize.plan import Target, plan
-from mpocli.methods.quantize.rounder import Parts, nearest_parts, parts_by_inputs, searched_parts
+from mpocli.methods.quantize.rounder import Known, parts_by_inputs, parts_of
 from mpocli.methods.rewrite import Rewriting, Stored, as_stored
 from mpocli.methods.skipped import Skipped
+from mpocli.mpo import MPO
 from mpocli.progress import Progress
 
 
@@ -29,7 +30,7 @@ from mpocli.progress import Progress
 class RoundedWeight:
     """One weight whose tensors are rounded: `bytes` of all that the files hold for it, `dense_bytes` before.
 
-    `error` = ‖T−T̂‖_F/‖T‖_F over its tensors T (the matrix, or its cores).
+    `error` = ‖W−Ŵ‖_F/‖W‖_F of the matrix, also where its cores are rounded; of experts, over their tensors.
     """
 
     name: str
@@ -83,10 +84,12 @@ def run(
     targets, kept = plan(checkpoint, config)
     warnings: list[str] = []
     looked = config.rounds_by == "gptq"
-    known: dict[str, Parts] = {}
+    known = Known()
     if looked:
         known = parts_by_inputs(checkpoint, config, targets, device, progress=progress, warn=warnings.append)
-    worker = _Rounder(checkpoint, targets, known, searched_parts if looked else nearest_parts)
+        if sparse := sum(target.is_sparse for target in targets):
+            warnings.append(f"{sparse} sparse weights are rounded for their own sake, not by their inputs")
+    worker = _Rounder(checkpoint, targets, known, searches=looked)
     rewriting = Rewriting(checkpoint, [target.weight for target in targets], worker.stored, progress=progress)
     with output_directory(out) as work:
         options = config.recorded()
@@ -115,12 +118,13 @@ class _Rounder:
         self,
         checkpoint: Checkpoint,
         targets: list[Target],
-        known: dict[str, Parts],
-        otherwise: Callable[..., Parts],
+        known: Known,
+        *,
+        searches: bool,
     ) -> None:
         self.reader = checkpoint.reader
         self.targets = {target.weight.name: target for target in targets}
-        self.known, self.otherwise = known, otherwise
+        self.known, self.searches = known, searches
         self.made: list[RoundedWeight] = []
         self.entries: dict[str, int] = {}
         self.stored_bytes: dict[str, int] = {}
@@ -128,13 +132,15 @@ class _Rounder:
     def stored(self, weight: Weight) -> Stored:
         target, before = self.targets[weight.name], as_stored(self.reader, weight)
         tensors, packed = dict(before.tensors), dict(before.packed)
-        lost = total = 0.0
+        for leaf in tensors:
+            tensors[leaf] = self.known.became.get(f"{weight.name}.{leaf}", tensors[leaf])
         for leaf, encoding in target.encodings.items():
             name, tensor = f"{weight.name}.{leaf}", before.tensors[leaf]
-            parts = self.known.pop(name, None) or self.otherwise(encoding, tensor, weight.key_of(leaf))
+            parts = self.known.parts.pop(name, None) or parts_of(
+                encoding, tensor, weight.key_of(leaf), searches=self.searches
+            )
             packed[leaf] = tuple(part.cpu() for part in parts)
             tensors[leaf] = encoding.unpack(*packed[leaf])
-            lost, total = lost + _square(tensor - tensors[leaf]), total + _square(tensor)
             self.entries[name] = tensor.numel()
             self.stored_bytes[name] = encoding.nbytes(0, 0)
         self.made.append(
@@ -144,7 +150,7 @@ class _Rounder:
                 shape=weight.shape,
                 tensors=len(target.encodings),
                 bits=next(iter(target.encodings.values())).bits,
-                error=(lost / total) ** 0.5 if total else 0.0,
+                error=_error(weight, before.tensors, tensors),
                 bytes=sum(encoding.nbytes(0, 0) for encoding in target.encodings.values())
                 + sum(_nbytes(before, leaf) for leaf in before.tensors if leaf not in target.encodings),
                 dense_bytes=sum(_nbytes(before, leaf) for leaf in before.tensors),
@@ -152,6 +158,16 @@ class _Rounder:
         )
         entry = weight.entry.unmeasured() if weight.entry else None
         return Stored(tensors, entry, before.encodings | dict(target.encodings), packed)
+
+
+def _error(weight: Weight, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """‖W−Ŵ‖_F/‖W‖_F of what the tensors stand for; of experts, over the tensors themselves."""
+    if weight.entry is not None and not weight.entry.spec.experts:
+        wide = [{name: tensor.double() for name, tensor in one.items()} for one in (before, after)]
+        before, after = ({"": MPO(tuple(one.values()), weight.shape).to_matrix()} for one in wide)
+    total = sum(_square(tensor) for tensor in before.values())
+    lost = sum(_square(tensor.double() - after[name].double()) for name, tensor in before.items())
+    return (lost / total) ** 0.5 if total else 0.0
 
 
 def _square(tensor: Tensor) -> float:

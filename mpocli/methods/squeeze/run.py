@@ -113,8 +113,15 @@ def _check(checkpoint: Checkpoint, config: SqueezeConfig, model: str) -> None:
             f"{model}: its experts share cores, whose bonds are not cut", hint="squeeze first, then expand"
         )
     if checkpoint.encodings:
+        sparse = sum(encoding.holds_zeros for encoding in checkpoint.encodings.values())
+        rounded = len(checkpoint.encodings) - sparse
+        if rounded:
+            raise InputError(
+                f"{model}: {rounded} of its tensors are stored in few bits, and a cut bond would not fit their grids",
+                hint="squeeze first, then run mpocli quantize; mpocli merge makes a dense checkpoint",
+            )
         raise InputError(
-            f"{model}: {len(checkpoint.encodings)} of its tensors are sparse, and a cut bond would fill their zeros",
+            f"{model}: {sparse} of its tensors are sparse, and a cut bond would fill their zeros",
             hint="squeeze first, then run mpocli sparsify",
         )
     checkpoint.totals()  # names the module where files and config disagree, which loading would not
