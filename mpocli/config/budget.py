@@ -16,10 +16,13 @@ from mpocli.config.option import Option, group, recorded
 from mpocli.config.page import PLAN
 from mpocli.config.tasks import task_named
 from mpocli.errors import InputError, UsageError
+from mpocli.quant.sizes import BITS
 
-BUDGETS = ("--ratio", "--max-bytes", "--max-error")
+BUDGETS = ("--ratio", "--ratio-bytes", "--max-bytes", "--max-error")
 _BUDGETED = needs(*BUDGETS, why="there is no budget to plan for")
 _ONE = "a plan has one budget"
+_FIELDS = ("ratio", "ratio_bytes", "max_bytes", "max_error")
+_WIDTHS = (16, *BITS)
 _WORD = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -46,6 +49,18 @@ _HUB_ROWS = Condition(
 _OF_ROWS = needs(ROWS_OF_TASK, _HUB_ROWS, why="windows of a text take --seq-len")
 
 
+def _bits(given: str, option: str) -> tuple[int, ...]:
+    """`auto` or `8,4,2`, widest first; `UsageError` for other numbers."""
+    words = [word.strip() for word in given.split(",")]
+    if words == ["auto"]:
+        return _WIDTHS
+    if not all(word.isdecimal() and int(word) in _WIDTHS for word in words):
+        raise UsageError(
+            f"{option} {given!r}: the widths are {', '.join(map(str, _WIDTHS))}", hint=f"write {option} auto or 8,4,3"
+        )
+    return tuple(width for width in _WIDTHS if str(width) in words)
+
+
 def _folder(option: str, file: str) -> None:
     if not Path(file).absolute().parent.is_dir():
         raise InputError(f"{option} {file}: its folder does not exist", hint="make it, or name another file")
@@ -67,21 +82,22 @@ def with_task(
 
 @dataclass(frozen=True)
 class Budget:
-    """One of `ratio`, `max_bytes` and `max_error`, and how to meet it.
+    """One of `ratio`, `ratio_bytes`, `max_bytes` and `max_error`, and how to meet it.
 
-    `ratio` = parameters kept of the selected matrices, `max_bytes` = weight files of the whole output, `max_error` =
+    `ratio` = parameters kept of the selected matrices, `ratio_bytes` = bytes kept of what they have, headers counted,
+    `max_bytes` = weight files of the whole output, `max_error` =
     the largest relative error of any matrix, weighted by its inputs where there is a calibration.
     """
 
     ratio: Annotated[
         float | None,
         Option("--ratio", "Keep this part of the selected matrices' parameters, as 0.5 or 50%.", "X", PLAN, share=True),
-        excludes("--max-bytes", "--max-error", why=_ONE),
+        excludes("--ratio-bytes", "--max-bytes", "--max-error", why=_ONE),
     ] = None
     max_bytes: Annotated[
         int | None,
         Option("--max-bytes", "Of all weight files written, as 300MB.", "SIZE", PLAN, parse=text.size),
-        excludes("--ratio", "--max-error", why=_ONE),
+        excludes("--ratio", "--ratio-bytes", "--max-error", why=_ONE),
     ] = None
     max_error: Annotated[
         float | None,
@@ -92,7 +108,30 @@ class Budget:
             PLAN,
             share=True,
         ),
-        excludes("--ratio", "--max-bytes", why=_ONE),
+        excludes("--ratio", "--ratio-bytes", "--max-bytes", why=_ONE),
+    ] = None
+    ratio_bytes: Annotated[
+        float | None,
+        Option(
+            "--ratio-bytes",
+            "Keep this part of the bytes that the selected matrices have, as 10%.",
+            "X",
+            PLAN,
+            share=True,
+        ),
+        excludes("--ratio", "--max-bytes", "--max-error", why=_ONE),
+    ] = None
+    bits: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "--bits",
+            "Choose bits too: auto, or some of 16 (not rounded), 8, 4, 3, 2.",
+            "N,…|auto",
+            PLAN,
+            parse=_bits,
+        ),
+        needs("--max-bytes", "--ratio-bytes", why="bits count in a budget of bytes"),
+        excludes("--shapes paper", why="factors of two are rounded"),
     ] = None
     allocation: Annotated[
         Literal["global", "uniform"],
@@ -104,7 +143,7 @@ class Budget:
         int,
         Option("--sweeps", "Of weighted least squares, at most.", "N", PLAN, check=at_least(0)),
         _BUDGETED,
-        excludes("--shapes svd", why="SVDs have a closed form"),
+        excludes("--shapes svd", "--bits", why="SVDs have a closed form"),
     ] = 10
     shapes: Annotated[
         Literal["auto", "svd", "paper"],
@@ -132,6 +171,7 @@ class Budget:
         Option("--sequential", "Fit each block to the inputs that the compressed ones make.", panel=PLAN),
         CALIBRATED,
         excludes("--max-error", why="the bound is on errors for the dense model's inputs"),
+        excludes("--bits", why="rounding looks at the dense model's inputs"),
     ] = False
     compare: Annotated[
         bool,
@@ -142,6 +182,7 @@ class Budget:
             recorded=False,
         ),
         CALIBRATED,
+        excludes("--bits", why="it compares numbers of parameters"),
     ] = False
     calibration: Annotated[
         Calibration | None,
@@ -175,16 +216,22 @@ class Budget:
     ] = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("ratio", "max_bytes", "max_error") if getattr(self, name) is not None]
+        given = [name for name in _FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
             options = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
             raise UsageError(
-                f"a plan has one budget: {options} given", hint="choose one of --ratio, --max-bytes and --max-error"
+                f"a plan has one budget: {options} given",
+                hint="choose one of --ratio, --ratio-bytes, --max-bytes and --max-error",
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError(
                 f"--ratio {self.ratio}: parameters kept of the selected matrices, between 0 and 1",
                 hint="0.6 keeps 60 %",
+            )
+        if self.ratio_bytes is not None and not 0 < self.ratio_bytes < 1:
+            raise UsageError(
+                f"--ratio-bytes {self.ratio_bytes}: bytes kept of the selected matrices, between 0 and 1",
+                hint="0.1 keeps 10 %",
             )
         if self.max_error is not None and not 0 < self.max_error < 1:
             raise UsageError(f"--max-error {self.max_error}: a relative error between 0 and 1", hint="such as 0.1")
@@ -192,7 +239,7 @@ class Budget:
     @classmethod
     def from_options(cls, calibration: Calibration | None, data: DataOptions | None, **given: Any) -> Budget | None:
         """None where no budget is asked for; a task may be named by the rows that are looked at."""
-        if all(given[name] is None for name in ("ratio", "max_bytes", "max_error")):
+        if all(given[name] is None for name in _FIELDS):
             return None
         calibration, data = with_task(calibration, data)
         return cls(calibration=calibration, data=data, **given)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mpocli.config.budget import Budget
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.tasks import task_named
 from mpocli.hf.artifact import Checkpoint
@@ -14,10 +15,12 @@ from mpocli.methods.decompose.calibrated import calibrate, measured_sensitivitie
 from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.plan import WeightPlan
 from mpocli.methods.device import device_of
+from mpocli.methods.planner.bytes_planner import BytesPlanner, Formats
 from mpocli.methods.planner.compare import Compared, compare
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.planner import Planner, Shapes
 from mpocli.methods.planner.refit import refit
+from mpocli.methods.rewrite import stored_dtype
 from mpocli.mpo import SiteShape
 from mpocli.progress import Progress
 from mpocli.train.models import family_of
@@ -44,8 +47,8 @@ def decide(
 
     Raises what `Planner.plan` and `calibrate` raise.
     """
-    budget = config.budget
-    assert budget is not None
+    assert config.budget is not None
+    budget = in_bytes(checkpoint, config, plans)
     device = device_of(config.device)
     chosen = [plan.weight for plan in plans if plan.sites is not None]
     calibrated = calibrate(checkpoint, config, chosen, folder / "moments", device, progress, warn)
@@ -60,6 +63,8 @@ def decide(
         fits = replace(fits, sensitivity=measured_sensitivities(fits, calibrated, config, chosen, progress))
     if not calibrated.held_out and not budget.sequential:
         calibrated = replace(calibrated, model=None)  # planning takes its memory
+    if budget.bits is not None:
+        return _with_bits(checkpoint, config, plans, fits, progress)
     found = Planner(fits, exact_bytes, progress).plan(chosen)
     if budget.sequential and calibrated.model is not None:
         refit(calibrated.model, calibrated.batches, fits, found, chosen, progress)
@@ -71,6 +76,44 @@ def decide(
         model = load_as_saved(checkpoint).to(device) if budget.sequential else calibrated.model
         compared = compare(fits, model, chosen, found, calibrated.held_out, causal=causal, progress=progress)
     return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
+
+
+def _with_bits(
+    checkpoint: Checkpoint,
+    config: DecomposeConfig,
+    plans: Sequence[WeightPlan],
+    fits: FitStore,
+    progress: Progress | None,
+) -> Decision:
+    """Bits are a property of what is chosen."""
+    assert fits.budget.bits is not None and fits.budget.max_bytes is not None
+
+    def exact_bytes(formats: Formats) -> int:
+        made = [replace(plan, sites=None, format=formats.get(plan.weight.name)) for plan in plans]
+        return size_of(checkpoint, config, made)
+
+    planner = BytesPlanner(fits, fits.budget.bits, fits.budget.max_bytes, exact_bytes, progress)
+    found = planner.plan([plan.weight for plan in plans if plan.sites is not None])
+    decided = []
+    for plan in plans:
+        one = found.get(plan.weight.name, plan.reason)
+        if isinstance(one, str):
+            decided.append(replace(plan, sites=None, reason=one))
+        else:
+            decided.append(replace(plan, sites=one.format.sites, bonds=one.format.bonds, form=one, format=one.format))
+    return Decision(decided)
+
+
+def in_bytes(checkpoint: Checkpoint, config: DecomposeConfig, plans: Sequence[WeightPlan]) -> Budget:
+    """The budget, where it is a part of the selected matrices' bytes as one of the whole files."""
+    budget = config.budget
+    assert budget is not None
+    if budget.ratio_bytes is None:
+        return budget
+    chosen = [plan.weight for plan in plans if plan.sites is not None]
+    dense = sum(weight.dense_params * stored_dtype(weight.dtype, config.dtype).itemsize for weight in chosen)
+    whole = size_of(checkpoint, config, [replace(plan, sites=None) for plan in plans])
+    return replace(budget, ratio_bytes=None, max_bytes=whole - dense + int(budget.ratio_bytes * dense))
 
 
 def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:

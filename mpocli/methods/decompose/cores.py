@@ -16,6 +16,7 @@ from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.fit_store import ChosenForm
+from mpocli.methods.planner.rounded import RoundedForm
 from mpocli.methods.rewrite import Rewriting, Stored, stored_dtype
 from mpocli.methods.site_choice import why_larger
 from mpocli.mpo import MPO, SiteShape, Truncation, compress, decompose, stored_error, symmetric_gauge
@@ -34,7 +35,7 @@ class Decomposer:
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
-        self.plans = {plan.weight.name: plan for plan in plans if plan.sites is not None}
+        self.plans = {plan.weight.name: plan for plan in plans if plan.changes}
         self.reads = reads
         self.device = device_of(config.device)
         self.kept: dict[str, str] = {}
@@ -53,6 +54,10 @@ class Decomposer:
     def stored(self, weight: Weight) -> Stored | None:
         """The cores to store of one weight, None where it turns out larger than it was."""
         plan, dtype = self.plans[weight.name], stored_dtype(weight.dtype, self.config.dtype)
+        if plan.format is not None and not self.reads:
+            return plan.format.outline(weight, dtype)
+        if isinstance(plan.form, RoundedForm):
+            return plan.form.stored(weight, dtype)
         assert plan.sites is not None
         if not self.reads:
             bonds = plan.bonds or plan.sites.capped_bond_dims(self.config.cap(weight.role))

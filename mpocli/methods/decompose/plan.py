@@ -13,6 +13,8 @@ from mpocli.hf.matrices import select
 from mpocli.hf.weight import Weight
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.planner.fit_store import ChosenForm
+from mpocli.methods.planner.formats import Format
+from mpocli.methods.planner.rounded import RoundedForm
 from mpocli.methods.site_choice import sites_of, why_larger
 from mpocli.mpo import SiteShape, Truncation
 
@@ -33,7 +35,13 @@ class WeightPlan:
     truncation: Truncation
     reason: str = ""
     bonds: tuple[int, ...] | None = None
-    form: ChosenForm | None = None
+    form: ChosenForm | RoundedForm | None = None
+    format: Format | None = None  # where bits are chosen too
+
+    @property
+    def changes(self) -> bool:
+        """Whether the weight is stored otherwise than before."""
+        return self.sites is not None or self.format is not None
 
 
 def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:

@@ -23,7 +23,7 @@ class ModuleReport:
 
     name: str
     role: str | None
-    action: Literal["mpo", "kept"]
+    action: Literal["mpo", "quantised", "kept"]
     reason: str
     shape: tuple[int, int]
     params: int
@@ -54,28 +54,29 @@ def _report(
     plan: WeightPlan, entries: Mapping[str, ModuleEntry], kept: Mapping[str, str], dtype: str | None
 ) -> ModuleReport:
     weight = plan.weight
-    is_made = plan.sites is not None and weight.name not in kept
-    made = entries[weight.name] if is_made else None
+    is_made = plan.changes and weight.name not in kept
+    made = entries.get(weight.name) if is_made else None
     entry = made or weight.entry
     params = entry.spec.params if entry else weight.dense_params
-    reason = "" if made else kept.get(weight.name, plan.reason)
-    form = plan.form if made else None
+    reason = "" if is_made else kept.get(weight.name, plan.reason)
+    form = plan.form if is_made else None
+    stored = stored_dtype(weight.dtype, dtype)
     cost = forward_cost(entry.spec) if entry else None
     error = entry.relative_error if entry else 0.0
     return ModuleReport(
         name=weight.name,
         role=weight.role,
-        action="mpo" if entry else "kept",
+        action="mpo" if entry else "quantised" if is_made else "kept",
         reason=reason,
         shape=weight.shape,
         params=params,
         dense_params=weight.dense_params,
-        relative_error=form.relative_error if form and error is None else error,
+        relative_error=form.relative_error if form and (error is None or not entry) else error,
         out_dims=entry.spec.out_dims if entry else None,
         in_dims=entry.spec.in_dims if entry else None,
         bond_dims=entry.spec.bond_dims if entry else None,
         tied=tuple(member.name for member in weight.members[1:]),
-        bytes=params * stored_dtype(weight.dtype, dtype).itemsize,
+        bytes=plan.format.nbytes(weight, stored) if is_made and plan.format else params * stored.itemsize,
         dense_bytes=weight.dense_params * weight.dtype.itemsize,
         form=form.name if form else None,
         weighted_error=form.weighted_error if form else None,

@@ -129,8 +129,8 @@ class FitStore:
             sites=made.mpo.site_shape,
             bonds=made.mpo.bond_dims,
             path=path,
-            relative_error=_relative(difference, problem.wide, None),
-            weighted_error=None if gram is None else _relative(difference, problem.wide, gram),
+            relative_error=relative_error(difference, problem.wide, None),
+            weighted_error=None if gram is None else relative_error(difference, problem.wide, gram),
             loss=self.scale(weight, norm, problem) * made.loss,
         )
 
@@ -147,6 +147,6 @@ class FitStore:
         return self.keep(weight, made, norm, problem)
 
 
-def _relative(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
+def relative_error(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
     whole = weighted_square(matrix, gram)
     return math.sqrt(max(weighted_square(difference, gram), 0.0) / whole) if whole else 0.0

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mpocli.hf.weight import Weight
-from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.checkpoint import DTYPE_NAMES, DTYPES
+from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.rewrite import Stored
@@ -92,5 +92,3 @@ class Format:
 
 def _outline(encoding: Quantised) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=DTYPES[dtype], device="meta") for shape, dtype in encoding.part_shapes())
-
-
