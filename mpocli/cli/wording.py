@@ -27,6 +27,11 @@ def size(number: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def bits(size: int, entries: int) -> str:
+    """Bits of an entry, of all bytes that there are for them."""
+    return f"{8 * size / entries:.2f}" if entries else ""
+
+
 def ratio(after: int, before: int) -> str:
     return f"{after / before:.3f}" if before else ""
 

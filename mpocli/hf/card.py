@@ -43,14 +43,18 @@ def model_card(
     totals = manifest.totals
     hub_id = manifest.base_model.get("revision") is not None and _WORD.fullmatch(base)
     front = ["---", "library_name: transformers"]
-    tags = [*(["mpo", "tensor-network"] if manifest.modules else []), *(["sparse"] if manifest.encodings else [])]
+    sparse = any(encoding.holds_zeros for encoding in manifest.encodings.values())
+    bits = sorted({encoding.code_bits for encoding in manifest.encodings.values() if encoding.code_bits})
+    tags = [*(["mpo", "tensor-network"] if manifest.modules else []), *(["sparse"] if sparse else [])]
+    tags += ["quantized", *(f"{number}-bit" for number in bits)] if bits else []
     front += ["tags:", *(f"- {tag}" for tag in (*tags, "mpocli"))] if tags else []
     front += [f"base_model: {_scalar(base)}"] if hub_id else []
     for key, values in (license or {}).items():
         one = len(values) == 1
         front += [f"{key}: {_scalar(values[0])}"] if one else [f"{key}:", *(f"- {_scalar(value)}" for value in values)]
     class_name = class_name if class_name.isidentifier() else "AutoModel"
-    what = f", as {_form(manifest)}" if manifest.modules else ", sparse" if manifest.encodings else ""
+    what = f", as {_form(manifest)}" if manifest.modules else ", sparse" if sparse else ""
+    what += f", in {' and '.join(map(str, bits))} bits" if bits else ""
     lines = [*front, "---", "", f"# {base if _is_plain(base) else _code(base)}{what}", ""]
     if totals is not None:
         lines += [

@@ -176,11 +176,16 @@ def unchanged_parts(model: Any, state: Mapping[str, Any], encodings: Encodings) 
         before, wanted = (
             replace(one.in_dtype(DTYPE_NAMES[tensor.dtype]), key=None) for one in (made[0], encodings[name])
         )
-        if before != wanted or before.shape != tuple(tensor.shape):
-            continue
-        if torch.equal(before.unpack(*made[1]), tensor.to(made[1][0].device)):
+        if before == wanted and before.shape == tuple(tensor.shape) and _stands_for(before, made[1], tensor):
             found[name] = made[1]
     return found
+
+
+def _stands_for(encoding: Encoding, parts: tuple[Tensor, ...], tensor: Tensor) -> bool:
+    """Whether a tensor is what its parts stand for in its dtype, or was on the way in a narrower one."""
+    here = tensor.to(parts[0].device)
+    ways = (DTYPE_NAMES[tensor.dtype], "BF16", "F16")
+    return any(torch.equal(encoding.in_dtype(way).unpack(*parts).to(here), here) for way in ways)
 
 
 def stored_encodings(

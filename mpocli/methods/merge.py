@@ -1,8 +1,9 @@
-"""merge: write the MPOs and sparse tensors of a checkpoint as dense weights, for use without mpocli."""
+"""merge: write the MPOs and encoded tensors of a checkpoint as dense weights, for use without mpocli."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from mpocli.progress import Progress
 
 @dataclass(frozen=True)
 class MergeReport:
+    """`unpacked` tensors that were not stored as they are, of each encoding `unpacked_from`, by what it is called."""
+
     out: str
     seconds: float
     merged: int
     unpacked: int
+    unpacked_from: dict[str, int]
     experts: int
     before: Totals
     totals: Totals
@@ -46,7 +50,8 @@ def run(
 ) -> MergeReport:
     """Write an ordinary transformers checkpoint: every matrix rebuilt in float64, then cast to its cores' dtype.
 
-    Sparse weights keep their zeros; those of a sparse core vanish in the contraction. Experts become dense ones, which
+    Sparse weights keep their zeros; those of a sparse core vanish in the contraction. What is in few bits becomes the
+    values that it stands for. Experts become dense ones, which
     no stock class has: that output still needs the plug-in. Raises `InputError` for a checkpoint that is ordinary
     already or cannot be read.
     """
@@ -54,7 +59,7 @@ def run(
     checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
     if not checkpoint.is_mpo and not checkpoint.encodings:
         raise InputError(
-            f"{model}: has no MPOs to merge, and nothing sparse",
+            f"{model}: has no MPOs to merge, and nothing sparse or in few bits",
             hint="it is an ordinary checkpoint already: load it as it is",
         )
     check_output(out, checkpoint.source.directory, overwrite=overwrite)
@@ -77,6 +82,7 @@ def run(
         seconds=time.perf_counter() - started,
         merged=len(mpos),
         unpacked=len(checkpoint.encodings),
+        unpacked_from=dict(Counter(encoding.phrase for encoding in checkpoint.encodings.values())),
         experts=sum(1 for weight in mpos if weight.entry and weight.entry.spec.experts),
         before=checkpoint.totals(),
         totals=totals,

@@ -18,9 +18,11 @@ from strangers import run_stranger
 from torch import Tensor
 
 import mpocli
+from mpocli.config.quantize import QuantizeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
+from mpocli.methods.quantize import run as quantize
 from mpocli.methods.sparsify import run as sparsify
 
 _LOAD = """
@@ -44,12 +46,18 @@ def test_without_the_import_loading_is_an_error_and_merged_checkpoints_load_bit_
     made = case("bert-masked-lm", BRAIN)
     decompose.run(str(made.dense), FEW, tmp_path / "mpo")
     sparsify.run(str(tmp_path / "mpo"), pruning(targets=("*.query",)), tmp_path / "cores")
+    for wide, name in ((made.dense, "few bits"), (made.sparse, "sparse in few bits")):
+        quantize.run(str(wide), QuantizeConfig(), tmp_path / name)
     merge.run(str(made.sparse), tmp_path / "merged")
     merge.run(str(tmp_path / "cores"), tmp_path / "merged cores")
-    places = [made.sparse, tmp_path / "cores", tmp_path / "merged", tmp_path / "merged cores"]
-    ended = run_stranger(_LOAD, *places, cwd=tmp_path)
-    assert ended.out.split("\n")[:4] == ["error RuntimeError", "error RuntimeError", "loaded", "loaded"], ended.err
+    merge.run(str(tmp_path / "few bits"), tmp_path / "merged few")
+    encoded = [made.sparse, *(tmp_path / name for name in ("cores", "few bits", "sparse in few bits"))]
+    merged = [tmp_path / name for name in ("merged", "merged cores", "merged few")]
+    ended = run_stranger(_LOAD, *encoded, *merged, cwd=tmp_path)
+    assert ended.out.split("\n")[:-1] == 4 * ["error RuntimeError"] + 3 * ["loaded"], ended.err
     assert "import_mpocli_before_from_pretrained" in ended.err
+    few = made.cls.from_pretrained(tmp_path / "few bits")
+    assert_same(torch.load(tmp_path / "merged few" / "loaded.pt"), few)
     loaded = torch.load(tmp_path / "merged" / "loaded.pt")
     assert_same(loaded, made.cls.from_pretrained(made.oracle))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -80,6 +80,7 @@ def _roles(report: InspectReport) -> Any:
 
     experts = any(view.experts for view in report.modules)
     columns = ("sparsity",) if report.sparsity is not None else ()
+    bits = ("bits",) if _has_bits(report) else ()
     table = tables.table(
         "role",
         "changed" if experts else "as MPO",
@@ -89,6 +90,7 @@ def _roles(report: InspectReport) -> Any:
         "auxiliary",
         "err",
         *columns,
+        *bits,
         "bytes",
     )
     for role, views in wording.by_role(report.modules):
@@ -104,6 +106,7 @@ def _roles(report: InspectReport) -> Any:
             wording.count(sum(view.auxiliary_params or 0 for view in made)) if made else "",
             (wording.error(max(known)) if len(known) == len(made) else "?") if made else "",
             *((_share(sum(view.zeros or 0 for view in views), params),) if columns else ()),
+            *((wording.bits(sum(view.bytes for view in views), params),) if bits else ()),
             wording.size(sum(view.bytes for view in views)),
         )
     if report.rest_params:
@@ -111,9 +114,15 @@ def _roles(report: InspectReport) -> Any:
     totals = report.totals
     table.add_section()
     sparse = (_share(report.zeros, totals.params),) if columns else ()
-    whole = wording.count(totals.params), f"{totals.ratio:.3f}", "", "", "", *sparse, wording.size(totals.bytes)
-    table.add_row("model", "", *whole, style="bold")
+    of_all = (wording.bits(totals.bytes, totals.params),) if bits else ()
+    whole = wording.count(totals.params), f"{totals.ratio:.3f}", "", "", "", *sparse, *of_all
+    table.add_row("model", "", *whole, wording.size(totals.bytes), style="bold")
     return table
+
+
+def _has_bits(report: InspectReport) -> bool:
+    """Whether anything is rounded to few bits: of every row it is then told what an entry takes."""
+    return any(view.bits is not None for view in report.modules)
 
 
 def _share(zeros: int, params: int) -> str:
@@ -124,6 +133,7 @@ def _matrices(report: InspectReport) -> None:
     from mpocli.cli import tables, wording
 
     rows = []
+    bits = ("bits",) if _has_bits(report) else ()
     for view in report.modules:
         made = view.action != "kept"
         more = f", {view.experts} experts of {view.expert_params:,} + {view.shared_params:,}" if view.experts else ""
@@ -135,10 +145,11 @@ def _matrices(report: InspectReport) -> None:
             wording.count(view.central_params),
             wording.count(view.auxiliary_params),
             wording.error(view.relative_error) if made else "",
+            *((wording.bits(view.bytes, view.params),) if bits else ()),
             (wording.bonds(view.bond_dims) if made and view.bond_dims else "dense") + more,
         )
         rows.append((view.name, view.role, cells))
-    tables.matrices(("shape", "parameters", "ratio", "central", "auxiliary", "err", "<bonds"), rows)
+    tables.matrices(("shape", "parameters", "ratio", "central", "auxiliary", "err", *bits, "<bonds"), rows)
 
 
 def _spectrum(view: ModuleView) -> None:

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Contract the MPOs back to an ordinary checkpoint, which loads with no mpocli installed.
 
-    Sparse weights become dense ones with zeros.
+    Sparse weights become dense ones with zeros, packed codes their values.
 
     [bold]Examples[/bold]
 
@@ -45,8 +45,8 @@ def _show(report: MergeReport) -> None:
 
     table = tables.table("", "before", "after")
     table.add_row("matrices as MPO", str(report.merged), "0")
-    if report.unpacked:
-        table.add_row("tensors as bitmask", str(report.unpacked), "0")
+    for phrase, count in report.unpacked_from.items():
+        table.add_row(f"tensors as {phrase.removeprefix('a ')}", str(count), "0")
     table.add_row("parameters", wording.count(report.before.params), wording.count(report.totals.params))
     table.add_row("bytes", wording.size(report.before.bytes), wording.size(report.totals.bytes))
     tables.show(table)

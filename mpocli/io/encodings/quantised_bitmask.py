@@ -106,7 +106,7 @@ class QuantisedBitmask(Encoding):
         return replace(made, kept=int(made.entries(tensor)[1].sum()))
 
     def problem(self, read: Callable[[], Tensor]) -> str:
-        return Bitmask(self.shape, self.pattern).problem(read)
+        return Bitmask(self.shape, self.pattern).problem(read) or self.whole.problem(read)
 
     def nbytes(self, zeros: int, itemsize: int) -> int:
         """⌈n/8⌉ for the mask, the packed codes, and two bytes for every scale and offset."""

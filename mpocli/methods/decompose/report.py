@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mpocli.hf.weight import Weight
+from mpocli.io.checkpoint import CheckpointReader
 from mpocli.io.manifest import Manifest
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
@@ -43,15 +45,23 @@ class ModuleReport:
 
 
 def module_reports(
-    plans: Sequence[WeightPlan], written: Manifest, kept: Mapping[str, str], dtype: str | None
+    plans: Sequence[WeightPlan],
+    written: Manifest,
+    kept: Mapping[str, str],
+    dtype: str | None,
+    reader: CheckpointReader,
 ) -> tuple[ModuleReport, ...]:
     """Of every plan; `kept` says why a weight stayed although it was to be decomposed."""
     entries = written.by_name
-    return tuple(_report(plan, entries, kept, dtype) for plan in plans)
+    return tuple(_report(plan, entries, kept, dtype, reader) for plan in plans)
 
 
 def _report(
-    plan: WeightPlan, entries: Mapping[str, ModuleEntry], kept: Mapping[str, str], dtype: str | None
+    plan: WeightPlan,
+    entries: Mapping[str, ModuleEntry],
+    kept: Mapping[str, str],
+    dtype: str | None,
+    reader: CheckpointReader,
 ) -> ModuleReport:
     weight = plan.weight
     is_made = plan.changes and weight.name not in kept
@@ -63,6 +73,10 @@ def _report(
     stored = stored_dtype(weight.dtype, dtype)
     cost = forward_cost(entry.spec) if entry else None
     error = entry.relative_error if entry else 0.0
+    if is_made:
+        size = plan.format.nbytes(weight, stored) if plan.format else params * stored.itemsize
+    else:
+        size = _stored_bytes(weight, params, dtype, reader)
     return ModuleReport(
         name=weight.name,
         role=weight.role,
@@ -76,7 +90,7 @@ def _report(
         in_dims=entry.spec.in_dims if entry else None,
         bond_dims=entry.spec.bond_dims if entry else None,
         tied=tuple(member.name for member in weight.members[1:]),
-        bytes=plan.format.nbytes(weight, stored) if is_made and plan.format else params * stored.itemsize,
+        bytes=size,
         dense_bytes=weight.dense_params * weight.dtype.itemsize,
         form=form.name if form else None,
         weighted_error=form.weighted_error if form else None,
@@ -84,6 +98,20 @@ def _report(
         macs=cost[1] if cost else None,
         cut_from=weight.entry.spec.bond_dims if made and weight.entry else None,
     )
+
+
+def _stored_bytes(weight: Weight, params: int, dtype: str | None, reader: CheckpointReader) -> int:
+    """Bytes of a weight that stays as it is, in parts or not."""
+    leaves = list(weight.entry.spec.core_shapes()) if weight.entry else []
+    keys = [weight.key_of(leaf) for leaf in leaves or ["weight"]] if weight.key else []
+    if not any(key in reader.encoded for key in keys):
+        return params * stored_dtype(weight.dtype, dtype).itemsize
+    size = 0
+    for key in keys:
+        own = stored_dtype(reader.specs[key].dtype, dtype)
+        parts = reader.encoding(key).converted(key, reader.parts(key), own)
+        size += sum(part.nbytes for part in parts if key not in reader.encoded or part.name != key)
+    return size
 
 
 def forward_cost(spec: MPOSpec, tokens: int = 256) -> tuple[str, int]:

@@ -33,6 +33,7 @@ class DecomposeReport:
     before: Totals
     modules: tuple[ModuleReport, ...]
     filled: int = 0  # sparse matrices whose zeros are gone, since they became MPOs
+    widened: int = 0  # tensors in few bits that became, or were cut to, cores that are not
     base_model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "AutoModel"
     warnings: tuple[str, ...] = ()
@@ -83,8 +84,9 @@ def run(
         dry_run=dry_run,
         totals=totals,
         before=checkpoint.totals(),
-        modules=module_reports(plans, manifest, worker.kept, config.dtype),
+        modules=module_reports(plans, manifest, worker.kept, config.dtype, checkpoint.reader),
         filled=_with_zeros(checkpoint.encodings) - _with_zeros(manifest.encodings),
+        widened=len(_in_few_bits(checkpoint.encodings) - _in_few_bits(manifest.encodings)),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
@@ -94,3 +96,7 @@ def run(
 
 def _with_zeros(encodings: Encodings) -> int:
     return sum(encoding.holds_zeros for encoding in encodings.values())
+
+
+def _in_few_bits(encodings: Encodings) -> set[str]:
+    return {name for name, encoding in encodings.items() if encoding.code_bits is not None}

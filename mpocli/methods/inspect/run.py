@@ -24,7 +24,8 @@ class ModuleView:
     """One weight matrix: counts, structure, and with a spectrum its σ and entropy (nats) at every inner bond.
 
     `sparsity` = zeros / entries of its sparse tensor (the matrix, or a core), `zeros` of it, None where no encoding
-    tells; `bytes` as stored. Of `experts` `shared_params` are everybody's, `expert_params` each one's own (router and
+    tells; `bytes` as stored, and `bits` for each entry of a matrix or chain of which something is in few, with their
+    scales, None for others. Of `experts` `shared_params` are everybody's, `expert_params` each one's own (router and
     bias apart).
     """
 
@@ -50,6 +51,7 @@ class ModuleView:
     zeros: int | None = None
     singular_values: tuple[tuple[float, ...], ...] | None = None
     entropy_nats: tuple[float, ...] | None = None
+    bits: float | None = None
     measured_against: str | None = None  # sha256 of the MPO's weights that the error refers to, None for a dense matrix
 
 
@@ -225,10 +227,12 @@ def _expert_params(spec: MPOSpec, dense: int) -> int:
 
 
 def _keys_of(weight: Matrix[Any]) -> list[str]:
-    """The names in the files of a matrix, or of its cores."""
+    """The names in the files of a matrix (of dense experts, of all theirs), or of its cores."""
     if weight.key is None:
         return []
-    return [weight.key_of(core) for core in weight.entry.spec.core_shapes()] if weight.entry else [weight.key]
+    if weight.entry is None or weight.entry.spec.share == "dense":
+        return [weight.key]
+    return [weight.key_of(core) for core in weight.entry.spec.core_shapes()]
 
 
 def _zeros_stored(reader: StoredTensors[Any]) -> dict[str, int]:
@@ -240,10 +244,13 @@ def _zeros_stored(reader: StoredTensors[Any]) -> dict[str, int]:
 def _as_encoded(
     view: ModuleView, weight: Matrix[Any], reader: StoredTensors[Any], zeros: Mapping[str, int]
 ) -> ModuleView:
-    """What of the matrix, or of its cores, is sparse, and what encodings save of the files."""
+    """What of the matrix, or of its cores, is sparse or in few bits, and what encodings save of the files."""
     keys = _keys_of(weight)
     parts = {key: sum(part.nbytes for part in reader.parts(key)) for key in keys if key in reader.encoded}
     view = replace(view, bytes=view.bytes - sum(reader.specs[key].nbytes - size for key, size in parts.items()))
+    if any(reader.encoding(key).code_bits for key in parts):
+        sizes = [(sum(part.nbytes for part in reader.parts(key)), reader.specs[key].numel) for key in keys]
+        view = replace(view, bits=8 * sum(size for size, _ in sizes) / sum(entries for _, entries in sizes))
     sparse = [key for key in keys if key in zeros]
     if not sparse:
         return view

@@ -58,8 +58,8 @@ def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -
     student, optimisation = run.student, config.optimisation
     teacher = distillation_of(config.distillation, run.data, run.checkpoint, trust_remote_code=config.trust_remote_code)
     dense = sum(parameter.numel() for parameter in student.parameters())
-    sparse_before = encodings_of(student)
-    places = [_place(student, target, sparse_before) for target in targets]
+    encoded_before = encodings_of(student)
+    places = [_place(student, target, encoded_before) for target in targets]
     with run.underway(METRICS):
         before = run.measure_before()
         together = config.scope == "global"
@@ -80,13 +80,14 @@ def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -
     made = {
         place.name: Bitmask(target.shape, str(config.pattern)) for target, place in zip(targets, places, strict=True)
     }
-    set_encodings(student, sparse_before | made if config.storage == "bitmask" else {})
+    set_encodings(student, encoded_before | made if config.storage == "bitmask" else {})
     return Trained(before, trainable, dense + sum(target.numel for target in targets)), places
 
 
-def _place(model: Any, target: Target, sparse: Mapping[str, Encoding]) -> Place:
+def _place(model: Any, target: Target, encodings: Mapping[str, Encoding]) -> Place:
     module = local_name(model, target.module) or target.module
-    return Place(module, target.leaf, target.layout, is_sparse=f"{module}.{target.leaf}" in sparse)
+    before = encodings.get(f"{module}.{target.leaf}")
+    return Place(module, target.leaf, target.layout, is_sparse=before is not None and before.holds_zeros)
 
 
 def _kinds(model: Any, masked: dict[str, MaskedWeight], *, is_classifier: bool) -> dict[str, str]:
