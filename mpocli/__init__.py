@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpocli.errors import InputError, MpoError, NumericsError, TargetNotMetError, UsageError
+    from mpocli.hf.memory import keep_packed
     from mpocli.hf.packing import release_zeros
     from mpocli.hf.plugin import MPOConfig
     from mpocli.mpo import MPO, SiteShape, Truncation
@@ -31,6 +32,7 @@ _PUBLIC = {
     "MPOLinear": "mpocli.nn",
     "MPOEmbedding": "mpocli.nn",
     "MPOConfig": "mpocli.hf.plugin",
+    "keep_packed": "mpocli.hf.memory",
     "release_zeros": "mpocli.hf.packing",
     "MpoError": "mpocli.errors",
     "UsageError": "mpocli.errors",
@@ -50,6 +52,7 @@ __all__ = [
     "TargetNotMetError",
     "Truncation",
     "UsageError",
+    "keep_packed",
     "release_zeros",
 ]
 

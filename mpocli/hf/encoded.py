@@ -1,4 +1,4 @@
-"""Encoded tensors of a transformers model: in parts in the files, whole and dense in memory."""
+"""Encoded tensors of a transformers model: in parts in the files, in memory whole and dense or, if asked, packed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.errors import InputError
+from mpocli.hf.memory import keeps_packed, remember, remembered, stored_dtype
 from mpocli.hf.renaming import saved_keys
 from mpocli.hf.replace import local_name
 from mpocli.io.checkpoint import DTYPE_NAMES, DTYPES
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.known import KINDS, Encodings, encoded, encoding_of, encodings_from
+from mpocli.io.encodings.quantised import Quantised
+from mpocli.io.tensor_spec import TensorSpec
 from mpocli.nn.held_zeros import look_again
+from mpocli.nn.packed import PackedTensor, is_packed, packed_names, parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PARTS = "_mpocli_parts"
 _INCOMPLETE = "the weight files are incomplete or belong to another checkpoint"
 
 
@@ -96,9 +99,10 @@ def postpone_ties(model: PreTrainedModel, encodings: Encodings, has_own: Callabl
 
 @torch.no_grad()
 def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str, str]) -> None:
-    """Make the dense tensors out of what was loaded, and tie the `followers` of each to it.
+    """Make the tensors out of what was loaded, and tie the `followers` of each to it.
 
-    Raises `InputError` where it is missing or contradictory.
+    Rounded ones are frozen, and inside `keep_packed` stay packed. Raises `InputError` where something is missing or
+    contradictory.
     """
     for name, encoding in encodings.items():
         owner, _, leaf = name.rpartition(".")
@@ -112,26 +116,41 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
                     hint=f"{_INCOMPLETE}; {encoding.adjective} tensors cannot be offloaded",
                 )
         try:
-            dense = encoding.unpack(*(tensor.detach() for tensor in parts))
+            made = _parameter(name, encoding, tuple(tensor.detach() for tensor in parts))
         except InputError as error:
             raise InputError(f"{name}: {error.message}", hint=_INCOMPLETE) from error
         for part in encoding.part_names(leaf):
             delattr(module, part)
         if leaf in module._buffers:
             delattr(module, leaf)
-        if encoding.is_exact:
-            parameter = nn.Parameter(dense)
-        else:
-            parameter = nn.Parameter(dense, requires_grad=False)
+        if not encoding.is_exact and not is_packed(made):
             remember(module, leaf, encoding, tuple(parts))
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        setattr(module, leaf, parameter)
+        made._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(module, leaf, made)
     for follower, name in followers.items():
         owner, _, leaf = follower.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **followers}
     if encodings:
         model.register_load_state_dict_pre_hook(_unpack_state)
+    # Constants need no copying from process to process, which would write to them.
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *packed_names(model)]
+    if ignored:
+        model._ddp_params_and_buffers_to_ignore = ignored
+
+
+def _parameter(name: str, encoding: Encoding, parts: tuple[Tensor, ...]) -> nn.Parameter:
+    if isinstance(encoding, Quantised) and keeps_packed():
+        specs = [
+            TensorSpec(part.suffix, found.dtype, tuple(found.shape))
+            for part, found in zip(encoding.parts, parts, strict=True)
+        ]
+        misfit = encoding.misfit(name, specs, DTYPES)
+        if misfit:
+            raise InputError(misfit)
+        # What it is called in the files is of this loading alone.
+        return parameter(parts, replace(encoding, key=None), DTYPES[encoding.dtype])
+    return nn.Parameter(encoding.unpack(*parts), requires_grad=encoding.is_exact)
 
 
 def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -144,7 +163,10 @@ def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
         if encoding is None and kind.is_exact and name in parameters:
             encoding = kind(tuple(parameters[name].shape))
         if name in parameters and encoding is not None and isinstance(encoding, kind):
-            tensors = tuple(state.pop(part) for part in kind.part_names(name))
+            tensors, mine = tuple(state.pop(part) for part in kind.part_names(name)), parameters[name]
+            if isinstance(mine, PackedTensor):
+                state[name] = PackedTensor(tensors, mine.encoding, mine.dtype)
+                continue
             state[name] = encoding.unpack(*tensors)
             if not encoding.is_exact:
                 owner, leaf = own.rpartition(".")[::2]
@@ -153,24 +175,16 @@ def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
         look_again(parameters[name])
 
 
-def remember(module: nn.Module, leaf: str, encoding: Encoding, parts: tuple[Tensor, ...]) -> None:
-    """Keep the parts that a module's tensor was made of, for storing it again bit by bit."""
-    kept = dict(getattr(module, _PARTS, {}))
-    setattr(module, _PARTS, kept | {leaf: (encoding, tuple(part.detach() for part in parts))})
-
-
-def remembered(model: Any, name: str) -> tuple[Encoding, tuple[Tensor, ...]] | None:
-    """The parts that a tensor of a loaded model was made of, where rounding would not find them again, and how."""
-    owner, _, leaf = name.rpartition(".")
-    found: tuple[Encoding, tuple[Tensor, ...]] | None = getattr(model.get_submodule(owner), _PARTS, {}).get(leaf)
-    return found
-
-
 def unchanged_parts(model: Any, state: Mapping[str, Any], encodings: Encodings) -> dict[str, tuple[Tensor, ...]]:
     """The parts of those tensors that still are what they were made of and are to be stored so, in whatever dtype."""
-    found = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
     for name in (name for name in encodings if name in state and not encodings[name].is_exact):
         made, tensor = remembered(model, name), state[name]
+        if isinstance(tensor, PackedTensor):
+            own: Any = tensor.encoding
+            if replace(encodings[name].in_dtype(DTYPE_NAMES[tensor.dtype]), key=None) == own:
+                found[name] = tensor.parts
+            continue
         if made is None or tensor.dtype not in DTYPE_NAMES:
             continue
         before, wanted = (
@@ -189,18 +203,20 @@ def _stands_for(encoding: Encoding, parts: tuple[Tensor, ...], tensor: Tensor) -
 
 
 def stored_encodings(
-    state: Mapping[str, Any], encodings: Encodings, unchanged: Collection[str] = ()
+    model: Any, state: Mapping[str, Any], encodings: Encodings, unchanged: Collection[str] = ()
 ) -> dict[str, Encoding]:
     """The encodings of what there is to save, with the shapes and dtypes that it has.
 
     A model's layers may have been removed, its vocabulary resized, an adapter merged into a matrix that then is an
     ordinary one.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for name, encoding in encodings.items():
-        if name in state and (name in unchanged or encoding.suits(state[name])):
-            here = encoding if name in unchanged else encoding.of(state[name])
-            found[name] = here.in_dtype(DTYPE_NAMES[state[name].dtype])
+        if name in state and (name in unchanged or encoding.suits(_values(state[name]))):
+            here = encoding if name in unchanged else encoding.of(_values(state[name]))
+            dtype = stored_dtype(parameters[name]) if name in parameters else state[name].dtype
+            found[name] = here.in_dtype(DTYPE_NAMES[dtype])
     return found
 
 
@@ -214,21 +230,31 @@ def packed_state(
 
     What has not changed since it was loaded keeps its parts.
     """
-    owners = {(state[name].device, state[name].data_ptr()) for name in encodings}
+    owners = {_place(state[name]) for name in encodings}
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     tied = {*ties.keys(), *ties.values()}
     packed: dict[str, Any] = {}
     for name, tensor in state.items():
         if name in encodings:
             encoding = encodings[name]
-            packed |= (
-                encoding.named(name, unchanged[name], tensor.new_zeros(1))
-                if name in unchanged
-                else encoding.encode(name, tensor)
-            )
-        elif name not in tied or (tensor.device, tensor.data_ptr()) not in owners:
-            packed[name] = tensor
+            if name in unchanged:
+                dtype = DTYPES[encoding.dtype] if isinstance(encoding, Quantised) else tensor.dtype
+                zero = torch.zeros(1, dtype=dtype, device=tensor.device)
+                packed |= encoding.named(name, unchanged[name], zero)
+            else:
+                packed |= encoding.encode(name, _values(tensor))
+        elif name not in tied or _place(tensor) not in owners:
+            packed[name] = _values(tensor)
     return packed
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.unpacked() if isinstance(tensor, PackedTensor) else tensor
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Equal for tensors that share their memory."""
+    return tensor.device, (tensor.parts[0] if isinstance(tensor, PackedTensor) else tensor).data_ptr()
 
 
 def with_saved_keys(model: PreTrainedModel, packed: Mapping[str, Any], encodings: Encodings) -> dict[str, Encoding]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from mpocli.hf.memory import forget_parts, make_dense
 from mpocli.hf.replace import contract
 from mpocli.nn import TOMBSTONE, MPOModule
 from mpocli.nn.held_zeros import look_again
@@ -112,6 +113,10 @@ def _resize(
             stacklevel=2,
         )
         contract(model, names)
+    with_codes = [table for table in tables if isinstance(table, nn.Module)]
+    make_dense(model, [table.weight for table in with_codes if isinstance(table.weight, nn.Parameter)])
+    for table in with_codes:
+        forget_parts(table)
     resized = resize(part, new_num_tokens, pad_to_multiple_of, *args, **options)
     for table in (part.get_input_embeddings(), part.get_output_embeddings()):
         if isinstance(table, nn.Module) and isinstance(table.weight, nn.Parameter):

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.hf.encoded import (
+    encodings_of,
     packed_state,
     postpone_ties,
     reserve,
@@ -25,6 +26,7 @@ from mpocli.hf.encoded import (
     unpack,
     with_saved_keys,
 )
+from mpocli.hf.memory import forget_parts, make_dense
 from mpocli.hf.overrides import initialised, override, restore
 from mpocli.hf.renaming import keep_parts_together, loading_parts
 from mpocli.hf.replace import install, local_name, remove
@@ -174,7 +176,7 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
                     state.pop(f"{name}.core_{k}", None)
         encodings = encodings_from(self.quantization_config.encodings)
         unchanged = unchanged_parts(model, state, encodings)
-        encodings = stored_encodings(state, encodings, unchanged)
+        encodings = stored_encodings(model, state, encodings, unchanged)
         state = packed_state(model, state, encodings, unchanged)
         keep_parts_together(model, state)
         encodings = with_saved_keys(model, state, encodings)
@@ -188,7 +190,12 @@ class MPOQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for parameter in sparse_parameters(model).values():
             release_zeros_of(parameter)
+        rounded = [name for name, found in encodings_of(model).items() if not found.is_exact]
         self.quantization_config.encodings = {}
+        make_dense(model)
+        forget_parts(model)
+        for name in rounded:
+            model.get_parameter(name).requires_grad_(True)
         remove(model, dtype)
         restore(model)
         return model

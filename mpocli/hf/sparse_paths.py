@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mpocli.nn.packed import is_packed
 from mpocli.nn.sparse_linear import SemiStructuredLinear, SparseLinear, fits_semi_structured
 
 # Time for all measurements of a model. A group of equal layers is always given a warm-up and one measurement.
@@ -128,7 +129,7 @@ def _sparse_layers(model: nn.Module, least: float, precision: str) -> list[_Laye
     found = []
     for module, known in names.items():
         weight = cast(Tensor, module.weight)
-        if id(weight) in tables or weight.is_meta or not weight.numel():
+        if id(weight) in tables or is_packed(weight) or weight.is_meta or not weight.numel():
             continue
         sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         if sparsity >= least:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mpocli.hf.memory import stored_as
 from mpocli.hf.metadata import Metadata
 from mpocli.hf.skeleton import file_keys
 from mpocli.io.checkpoint import CheckpointReader
+from mpocli.nn.packed import PackedTensor, is_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,15 +46,17 @@ def stored_dtypes(model: PreTrainedModel, checkpoint: Metadata[CheckpointReader]
 
 @torch.no_grad()
 def round_to(model: PreTrainedModel, dtypes: Dtypes) -> None:
-    """Let every tensor have the values that it would be stored with."""
+    """Let every tensor have the values that it would be stored with. Packed ones are stored as they are."""
     for tensor, dtype in _tensors(model, dtypes):
-        tensor.copy_(tensor.to(dtype))
+        if not is_packed(tensor):
+            tensor.copy_(tensor.to(dtype))
 
 
 @contextmanager
 def rounded(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[None]:
     """The model as it would be stored, and afterwards as it was."""
-    kept = [(tensor, tensor.detach().clone()) for tensor, dtype in _tensors(model, dtypes) if dtype != tensor.dtype]
+    moved = [tensor for tensor, dtype in _tensors(model, dtypes) if dtype != tensor.dtype and not is_packed(tensor)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in moved]
     round_to(model, dtypes)
     try:
         yield
@@ -68,14 +72,20 @@ def in_stored_dtypes(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[None]:
 
     Only what is in the state dict: buffers that are not stored (rotary frequencies) must not be rounded.
     """
-    before: list[tuple[Any, Tensor]] = [(tensor, tensor.data) for tensor, _ in _tensors(model, dtypes)]
-    try:
-        for tensor, dtype in _tensors(model, dtypes):
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, data in before:
-            tensor.data = data
+    found = list(_tensors(model, dtypes))
+    before: list[tuple[Any, Tensor]] = [(tensor, tensor.data) for tensor, _ in found if not is_packed(tensor)]
+    with ExitStack() as stack:
+        for tensor, dtype in found:
+            if isinstance(tensor, PackedTensor):
+                stack.enter_context(stored_as(tensor, dtype))
+        try:
+            for tensor, dtype in found:
+                if not is_packed(tensor):
+                    tensor.data = tensor.data.to(dtype)
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
 
 
 def _tensors(model: PreTrainedModel, dtypes: Dtypes) -> Iterator[tuple[Tensor, torch.dtype]]:

@@ -83,13 +83,27 @@ class Quantised(Encoding):
     def unpack(self, *parts: Tensor) -> Tensor:
         import torch
 
-        from mpocli.quant.codes import unpack_codes
-        from mpocli.quant.grid import dequantised
+        from mpocli.quant.unpack import values
 
-        packed, scales, offsets = parts
+        codes, scales, offsets = parts
         dtype = getattr(torch, STORED_DTYPES[self.dtype].name)
-        codes = unpack_codes(packed, self.bits, self.matrix_shape[1])
-        return self.tensor(dequantised(codes, scales, offsets, self.grid, dtype))
+        return self.tensor(values(codes, scales, offsets, self.grid, self.matrix_shape[1], dtype))
+
+    def selected(self, parts: tuple[Tensor, ...], rows: Tensor) -> tuple[Self, tuple[Tensor, ...]] | None:
+        """The encoding and parts of some rows (n,) of a matrix alone; None where its rows are no rows of codes."""
+        if self.transposed or len(self.shape) != 2:
+            return None
+        chosen = replace(self, shape=(len(rows), self.shape[1]))
+        return chosen, tuple(part.index_select(0, rows) for part in parts)
+
+    def as_int8(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
+        """Whole numbers (rows, columns) in int8 and a factor (rows,) for each row; None for any other grid."""
+        import torch
+
+        codes, scales, _ = parts
+        if self.bits != 8 or self.offsets or self.groups != 1:
+            return None
+        return codes.bitwise_xor(128).view(torch.int8), scales.squeeze(1)
 
     def problem(self, read: Callable[[], Tensor]) -> str:
         """Every value is on its grid by construction; but a scale may be none."""
