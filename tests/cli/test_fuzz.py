@@ -30,13 +30,14 @@ from mpocli.cli.group import command as command_named
 SEED = int(os.environ.get("FUZZ_SEED", "17"))
 CASES = int(os.environ.get("FUZZ_CASES", "9"))
 
-MODELS = ("classifier", "cores", "shards", "sparse", "experts")
+MODELS = ("classifier", "cores", "shards", "sparse", "experts", "few", "few-cores")
+MPOS = ("cores", "shards", "experts", "few-cores")
 # The kind of nonsense, what makes it of a model's directory, and the models that have such a thing.
 SPOILS: dict[str, tuple[Callable[[Path, random.Random], str], tuple[str, ...]]] = {
     "config": (mutations.config, MODELS),
-    "structure": (mutations.structure, ("cores", "shards", "sparse", "experts")),
-    "manifest": (mutations.manifest, ("cores", "shards", "sparse", "experts")),
-    "both": (mutations.both, ("cores", "shards", "experts")),
+    "structure": (mutations.structure, MODELS[1:]),
+    "manifest": (mutations.manifest, MODELS[1:]),
+    "both": (mutations.both, MPOS),
     "text": (mutations.text, MODELS),
     "header": (mutations.header, MODELS),
     "weights": (mutations.weights, MODELS),
@@ -59,6 +60,7 @@ WRITERS = [
     ["decompose", "model", "--trunc", "4", "-o", "out"],
     ["sparsify", "model", "--method", "magnitude", "--sparsity", "0.5", "-o", "out"],
     ["expand-moe", "model", "--experts", "2", "-o", "out"],
+    ["quantize", "model", "--bits", "4", "-o", "out"],
 ]
 LENGTH = ["--max-length", "16"]
 LM = ["eval", "model", "--task", "lm", "--eval", "dev.txt", *LENGTH, "--json"]
@@ -111,7 +113,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _evaluation(model: str) -> list[str]:
-    return LABELS if model in ("classifier", "cores") else LM
+    return LABELS if model in ("classifier", "cores", "few-cores") else LM
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,8 @@ def bases(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Bases:
     run("decompose", "classifier", "--trunc", "6", "-o", "cores")
     run("decompose", "dense", "--trunc", "6", "--max-shard-size", "10KB", "-o", "shards")
     run("sparsify", "dense", "--method", "magnitude", "--sparsity", "0.7", "-o", "sparse")
+    run("quantize", "sparse", "-o", "few")
+    run("quantize", "cores", "--bits", "3", "--group", "0", "-o", "few-cores")
     run("expand-moe", "dense", "--experts", "2", "-o", "experts")
     for model in MODELS:
         score = run(*(model if part == "model" else part for part in _evaluation(model)))

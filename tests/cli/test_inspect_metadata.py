@@ -18,12 +18,14 @@ import transformers as tf
 from cli.shell import WEIGHTS, Cli, Outcome, edited, rewrite, succeeded
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.quantize import QuantizeConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.expand_moe import run as expand_moe
 from mpocli.methods.inspect import run as inspect
+from mpocli.methods.quantize import run as quantize
 from mpocli.methods.sparsify import run as sparsify
 
 # Runs commands one after another where importing torch or transformers is an error, and says what each gave.
@@ -93,6 +95,8 @@ def made(bert: Path, bert_mpo: Path, gpt2: Path, t5: Path, masked_lm: Path, tmp_
     pruning = SparsifyConfig(sparsity=0.5, method="magnitude", max_shard_bytes=30_000)
     sparsify.run(str(bert), pruning, home / "sparse")
     sparsify.run(str(home / "experts"), pruning, home / "sparse-experts")
+    quantize.run(str(home / "tied"), QuantizeConfig(), home / "few-bits")
+    quantize.run(str(home / "sparse"), QuantizeConfig(bits=3, group=0), home / "sparse-few-bits")
     merge.run(str(bert_mpo), home / "merged")
     (home / "trained").mkdir()
     loaded = tf.BertForMaskedLM.from_pretrained(home / "tied")
@@ -103,7 +107,7 @@ def made(bert: Path, bert_mpo: Path, gpt2: Path, t5: Path, masked_lm: Path, tmp_
 
 
 def test_what_mpocli_wrote_is_shown_without_torch_as_it_is_with_it(made: list[Path], by_class: Cli) -> None:
-    assert len(made) == 11
+    assert len(made) == 13
     commands = [["inspect", str(directory), *way] for directory in made for way in WAYS]
     for command, outcome in zip(commands, _without_torch(commands), strict=True):
         assert _same(succeeded(outcome), succeeded(by_class(*command))), command

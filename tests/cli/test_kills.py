@@ -49,6 +49,8 @@ COMMANDS = {
     "sparsify": Command("dense", "sparsify model --method magnitude --sparsity 0.5", 2),
     "sparsify-calibrated": Command("dense", f"sparsify model --method wanda --sparsity 0.5 {_CALIBRATED}", 2),
     "sparsify-trained": Command("dense", f"sparsify model --sparsity 0.5 {_DATA} {_STEPS}", 2, resumes=True),
+    "quantize": Command("cores", "quantize model --bits 3", 2),
+    "quantize-calibrated": Command("dense", f"quantize model {_CALIBRATED}", 2),
     "expand-moe": Command("dense", "expand-moe model --experts 2", 2),
     "finetune": Command("cores", f"finetune model {_DATA} {_STEPS} --eval train.txt", 3, resumes=True),
     "squeeze": Command("cores", f"squeeze model {_DATA} {_ROUNDS} --eval train.txt", 4, resumes=True),
