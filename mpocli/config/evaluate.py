@@ -104,6 +104,11 @@ class EvalConfig:
         ),
         _TASKED,
     ] = "auto"
+    memory: Annotated[
+        Literal["fast", "lean"],
+        Option("--memory", "Rounded weights: unpacked once (fast), or packed in memory too (lean).", "NAME"),
+        _TASKED,
+    ] = "fast"
     lm_eval: Annotated[
         tuple[str, ...] | None,
         Option(

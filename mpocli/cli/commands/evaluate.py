@@ -57,6 +57,7 @@ def command(
             overwrite=config.overwrite,
             device=config.device,
             path=config.path,
+            memory=config.memory,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             progress=progress,
@@ -142,6 +143,7 @@ def _show(report: EvalReport) -> None:
         pairs = [speed or None for speed in speeds]
         row("p50 per batch", *[f"{s.batch_seconds_p50 * 1e3:.1f} ms" if s else "" for s in pairs])
         row("tokens / s", *[f"{s.tokens_per_second:,.0f}" if s else "" for s in pairs])
+        row("weights in memory", *[wording.size(s.weights_bytes) if s else "" for s in pairs])
         row("peak of the process", *[wording.size(s.peak_memory_bytes) if s else "" for s in pairs])
     tables.show(table)
     if report.metrics:

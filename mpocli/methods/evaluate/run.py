@@ -19,7 +19,7 @@ from mpocli.io.totals import Totals
 from mpocli.methods.data.task import TaskData, prepare
 from mpocli.methods.device import device_of
 from mpocli.methods.evaluate.agreement import agreement, check_comparable
-from mpocli.methods.evaluate.measurement import Arm, Measurement, Speed
+from mpocli.methods.evaluate.measurement import Arm, Measurement, Memory, Speed
 from mpocli.methods.inputs import paths_read
 from mpocli.progress import Progress
 from mpocli.train.evaluate.predict import Run
@@ -53,6 +53,7 @@ def run(
     overwrite: bool = False,
     device: str = "auto",
     path: PathChoice = "auto",
+    memory: Memory = "fast",
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -61,7 +62,8 @@ def run(
 
     `predictions` is written as JSON lines, one a sample: text, prediction, label; a file that exists only with
     `overwrite`. `path` chooses the kernels of layers
-    that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. Raises `InputError` for data or
+    that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. `memory` is how weights of few
+    bits are held: unpacked once, or packed (`keep_packed`). Raises `InputError` for data or
     models that cannot be used, or that do not go together, and `NumericsError` for predictions that are not finite.
     """
     started = time.perf_counter()
@@ -79,12 +81,12 @@ def run(
         check_apart({"--predictions": predictions}, {**reads, "--baseline": other.source.directory if other else None})
         written = OutputFile("--predictions", predictions, overwrite=overwrite)
     prepared = prepare(checkpoint, data)
-    own = Measurement(checkpoint, prepared, data, place, path, trust_remote_code)
+    own = Measurement(checkpoint, prepared, data, place, path, memory, trust_remote_code)
     beside: Measurement | None = None
     if other is not None:
         prepared_other = prepare(other, data)
         check_comparable(prepared, prepared_other, model, str(baseline))
-        beside = Measurement(other, prepared_other, data, place, path, trust_remote_code)
+        beside = Measurement(other, prepared_other, data, place, path, memory, trust_remote_code)
         beside.measure(progress, "baseline")
     own.measure(progress, "eval")
     found = agreement(own, beside, progress) if beside else {}

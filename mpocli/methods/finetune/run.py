@@ -19,6 +19,7 @@ from mpocli.methods.finetune import overparam, overparam_train
 from mpocli.methods.finetune.overparam import OverparamReport
 from mpocli.methods.training.begin import begin
 from mpocli.methods.training.fit import fit
+from mpocli.methods.training.packed import settled_update
 from mpocli.methods.training.routing import apply_routing, gradient_mask, router_report, traits
 from mpocli.methods.training.run import TrainingRun, load
 from mpocli.methods.training.schedule import warmed_up
@@ -130,7 +131,8 @@ def train(run: TrainingRun, config: FinetuneConfig) -> _Trained:
     """Train all or a part of the student, in the end with the weights that are to be kept."""
     student, checkpoint, seed = run.student, run.checkpoint, config.optimisation.seed
     routing = apply_routing(student, config.routing)
-    update = config.update or ("auxiliary" if checkpoint.is_mpo and routing is None else "all")
+    usual = "auxiliary" if checkpoint.is_mpo and routing is None else "all"
+    update = settled_update(student, config.update, usual, run.warn if run.is_writer else lambda line: None)
     set_update(student, update)
     set_recompute(student, config.recompute_weights)
     teacher = distillation_of(config.distillation, run.data, checkpoint, trust_remote_code=config.trust_remote_code)

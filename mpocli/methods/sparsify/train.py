@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mpocli.config.sparsify import SparsifyConfig
+from mpocli.errors import InputError
 from mpocli.hf.encoded import encodings_of
 from mpocli.hf.packing import set_encodings
 from mpocli.hf.replace import dense_shape, local_name
@@ -24,6 +25,7 @@ from mpocli.methods.training.schedule import warmed_up
 from mpocli.methods.training.teacher import distillation_of
 from mpocli.nn import MPOModule
 from mpocli.nn.masked import MaskedWeight
+from mpocli.nn.packed import is_packed
 from mpocli.train.loop.metrics_file import METRICS
 from mpocli.train.sparse.masks import Place, SparsitySteps, fold_masks, put_masks, train_only
 
@@ -60,6 +62,12 @@ def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -
     dense = sum(parameter.numel() for parameter in student.parameters())
     encoded_before = encodings_of(student)
     places = [_place(student, target, encoded_before) for target in targets]
+    for place in places:
+        if is_packed(student.get_parameter(place.name)):
+            raise InputError(
+                f"{place.name} is packed codes, and sparse training moves what it prunes",
+                hint="leave it out with --ignore, or run mpocli merge first",
+            )
     with run.underway(METRICS):
         before = run.measure_before()
         together = config.scope == "global"
@@ -80,7 +88,8 @@ def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -
     made = {
         place.name: Bitmask(target.shape, str(config.pattern)) for target, place in zip(targets, places, strict=True)
     }
-    set_encodings(student, encoded_before | made if config.storage == "bitmask" else {})
+    kept = {name: one for name, one in encoded_before.items() if config.storage == "bitmask" or not one.holds_zeros}
+    set_encodings(student, kept | (made if config.storage == "bitmask" else {}))
     return Trained(before, trainable, dense + sum(target.numel for target in targets)), places
 
 

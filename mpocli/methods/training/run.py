@@ -14,6 +14,7 @@ import torch
 from mpocli.config.data import DataOptions
 from mpocli.config.optimisation import Optimisation
 from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.memory import keep_packed
 from mpocli.hf.stored import round_to, stored_dtypes
 from mpocli.io.claim import discard
 from mpocli.io.output import output_directory
@@ -168,7 +169,7 @@ def load(
     """Read a run's data and load its student. How many `steps` it trains its configuration says, or the caller.
 
     With `makes_head` a head that the checkpoint lacks begins at random, of which `warn` is told, and otherwise it is an
-    `InputError`; `holdout` keeps a tenth of the training data apart.
+    `InputError`; `holdout` keeps a tenth of the training data apart. Weights of few bits stay packed.
     """
     config, checkpoint = setup.config, setup.checkpoint
     assert config.data is not None
@@ -180,6 +181,7 @@ def load(
     set_seed(config.optimisation.seed)
     new: list[str] = []
     told = new.append if makes_head else None
-    student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code, warn=told)
+    with keep_packed():  # constants of training, which need no values between its products
+        student = load_student(checkpoint, data, trust_remote_code=config.trust_remote_code, warn=told)
     tells = progress if setup.state.is_main_process else None
     return TrainingRun(setup, data, student, steps, tuple(new), tells, warn)

@@ -12,6 +12,7 @@ from mpocli.errors import NumericsError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.replace import local_name
 from mpocli.methods.data.task import TaskData
+from mpocli.nn.packed import is_packed
 from mpocli.train.loop.updates import roles
 from mpocli.train.models import listed, load_model
 
@@ -81,5 +82,5 @@ def count_trainable(model: Any) -> tuple[int, dict[str, int]]:
 
 def check_finite(model: Any) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not is_packed(parameter) and not bool(torch.isfinite(parameter).all()):
             raise NumericsError(f"{name} is not finite after training", hint="lower --lr or --mpo-lr")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpocli.config.distillation import DistillationOptions
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.memory import forget_parts
 from mpocli.methods.data.task import TaskData, check_trained_head
 from mpocli.train.loop.distill import Distillation
 from mpocli.train.models import load_model
@@ -32,6 +33,7 @@ def distillation_of(
             f"--teacher {config.teacher}: a vocabulary of {sizes[0]}, the student has {sizes[1]}",
             hint="teacher and student must share a tokenizer",
         )
+    forget_parts(teacher)  # nobody saves it
     return Distillation(
         teacher.requires_grad_(False),
         config.distill_weight,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from mpocli.nn.packed import is_packed
 from mpocli.train.loop.processes import on_first, wait_for_everyone
 
 
@@ -52,7 +54,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self.directory.mkdir(exist_ok=True)
             temporary = self.directory / "weights.partial"
-            torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, temporary)
+            torch.save({name: p.detach().cpu() for name, p in _variables(model)}, temporary)
             temporary.replace(self.directory / "weights.pt")
             (self.directory / "best.json").write_text(json.dumps({"value": value, "step": self.step}))
 
@@ -62,6 +64,11 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         assert self.step is not None, "restored without training"
         wait_for_everyone()
         best = torch.load(self.directory / "weights.pt", weights_only=True)
-        for name, parameter in model.named_parameters():
+        for name, parameter in _variables(model):
             parameter.copy_(best[name])
         return self.step
+
+
+def _variables(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters but the packed ones, which are constants."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if not is_packed(parameter))

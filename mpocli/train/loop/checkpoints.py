@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mpocli.nn.packed import is_packed
+
 CHECKPOINT = "checkpoint-"  # the step follows
 _TENSORS = "parameters.safetensors"
 
@@ -30,7 +32,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def save_tensors(model: Any, directory: Path) -> None:
-    """A model's tensors by name, in a directory that is made where there is none."""
+    """A model's tensors by name, in a directory that is made where there is none. Packed ones are constants."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(model)}
     save_file(tensors, directory / _TENSORS)
@@ -46,6 +48,6 @@ def load_tensors(model: Any, directory: Path) -> None:
 
 def _state_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters, shared ones once, and the buffers that belong to a model's state."""
-    yield from model.named_parameters()
+    yield from (item for item in model.named_parameters() if not is_packed(item[1]))
     stored = set(model.state_dict())
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, NumericsError
 from mpocli.hf.foreign import foreign
+from mpocli.hf.memory import keep_packed
 from mpocli.train.evaluate.predictions import predictions, shifted, shifts_labels
 from mpocli.train.loop.arguments import training_arguments
 from mpocli.train.loop.checkpoints import load_tensors, save_tensors
@@ -165,9 +166,10 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         if self.raw:
             load_tensors(self.model, Path(resume_from_checkpoint))
             return
-        saved, report = type(self.model).from_pretrained(
-            resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
-        )
+        with keep_packed():
+            saved, report = type(self.model).from_pretrained(
+                resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
+            )
         missing = sorted(report["missing_keys"])
         if missing:
             raise InputError(f"{resume_from_checkpoint}: lacks {missing[0]}", hint="begin anew with ‹overwrite›")

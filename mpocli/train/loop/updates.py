@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mpocli.nn import MPOExperts, MPOLinear, MPOModule
+from mpocli.nn.packed import is_packed
 
 Role = Literal["central", "auxiliary", "other"]
 UPDATES = ("auxiliary", "central", "all")
@@ -27,12 +28,13 @@ def roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
 def set_update(model: nn.Module, update: str) -> None:
     """Freeze the central cores (`auxiliary`, MPOP §4.1), the auxiliary ones (`central`), or none (`all`).
 
-    Everything that is not decomposed is trained in each case: biases, norms, position tables, heads.
+    Everything that is not decomposed is trained in each case: biases, norms, position tables, heads. What is packed
+    (`nn.packed`) never is.
     """
     frozen = {"auxiliary": "central", "central": "auxiliary", "all": None}[update]
     for _, parameter, role in roles(model):
         if role != "other":  # what the model itself froze (sinusoidal positions) stays so
-            parameter.requires_grad_(role != frozen)
+            parameter.requires_grad_(role != frozen and not is_packed(parameter))
 
 
 def set_recompute(model: nn.Module, recompute: bool) -> None:

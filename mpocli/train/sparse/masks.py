@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from mpocli.config.scoring import Scoring
 from mpocli.nn.masked import Layout, MaskedWeight, MaskGroup, fold_mask, holder, mask_weight
+from mpocli.nn.packed import is_packed
 from mpocli.sparse import CubicSchedule, Pattern
 
 
@@ -50,10 +51,11 @@ def put_masks(
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze everything but these parameters: what no optimiser holds must not collect gradients either."""
+    """Freeze everything but these parameters: what no optimiser holds must not collect gradients either. Packed ones
+    are frozen anyway."""
     wanted = set(names)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in wanted and not is_packed(parameter))
 
 
 @torch.no_grad()
