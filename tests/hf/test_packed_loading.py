@@ -38,12 +38,6 @@ CASES: dict[str, tuple[Callable[[Path], Any], Any, bool, QuantizeConfig]] = {
         True,
         QuantizeConfig(bits=3, group=8),
     ),
-    "BERT, central cores": (
-        lambda place: models.bert_masked_lm(place, num_hidden_layers=1),
-        tf.AutoModelForMaskedLM,
-        True,
-        QuantizeConfig(cores="central"),
-    ),
 }
 
 
@@ -152,12 +146,3 @@ def test_states_are_loaded_into_it(case: tuple[Any, Path]) -> None:
     lean.load_state_dict(state, strict=False)
     assert torch.equal(lean.get_parameter(name).unpacked(), 2 * before)
     assert packed_names(lean)[0] == name
-
-
-def test_a_compiled_model_has_no_break(case: tuple[Any, Path]) -> None:
-    if case[0] is not tf.AutoModelForCausalLM:
-        pytest.skip("one model is enough")
-    _, lean = both(case)
-    compiled: Any = torch.compile(lean, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(logits(lean), compiled(input_ids=IDS).logits)
