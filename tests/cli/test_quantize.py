@@ -197,6 +197,11 @@ def test_cores_are_rounded_through_their_neighbours_whatever_their_gauge(
     succeeded(cli("inspect", "looked", "--verify"))
 
 
+def test_text_that_nothing_would_look_at_is_refused(text: Path, cli: Cli, work: Path) -> None:
+    options = ("--layers", "embedding", *_looking(text), "-o", "out")
+    refused(cli("quantize", text / "gpt2", *options), 2, "--calibrate", "nothing that is rounded has inputs")
+
+
 def test_padded_pairs_and_dead_inputs_are_rounded_by_their_inputs(text: Path, few: Run, cli: Cli, work: Path) -> None:
     shape = ("--shape", "*c_fc=130,1x1,33", "--trunc", 20, "--target", "*c_fc")
     succeeded(cli("decompose", text / "gpt2", *shape, "-o", "pairs"))
@@ -213,8 +218,10 @@ def test_padded_pairs_and_dead_inputs_are_rounded_by_their_inputs(text: Path, fe
 
 
 def test_a_sparse_core_beside_wide_ones_keeps_its_zeros(text: Path, few: Run, cli: Cli, work: Path) -> None:
-    succeeded(cli("sparsify", text / "mpo", "--method", "magnitude", "--sparsity", "0.5", "-o", "sparse"))
-    report = few(work / "sparse", "out", *_looking(text), "--layers", "ffn")
+    succeeded(
+        cli("sparsify", text / "mpo", "--method", "magnitude", "--sparsity", "0.5", "--layers", "ffn", "-o", "sparse")
+    )
+    report = few(work / "sparse", "out", *_looking(text), "--layers", "attention,ffn")
     assert any("rounded for their own sake" in line for line in report["warnings"])
     before, after = (tf.GPT2LMHeadModel.from_pretrained(work / name) for name in ("sparse", "out"))
     for name, core in before.named_parameters():

@@ -175,7 +175,7 @@ def test_a_state_dict_in_parts_is_loaded_and_its_codes_are_stored_again(
     made: Callable[[str], SimpleNamespace], tmp_path: Path
 ) -> None:
     """As HF's Trainer goes back to one of its checkpoints."""
-    case = made("bert")
+    case = made("conv1d")
     model = case.cls.from_pretrained(case.few)
     other = case.cls.from_pretrained(case.few)
     with torch.no_grad():

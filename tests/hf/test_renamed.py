@@ -19,10 +19,12 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 import mpocli  # noqa: F401
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.quantize import QuantizeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.expand_moe import run as expand_moe
+from mpocli.methods.quantize import run as quantize
 from mpocli.methods.sparsify import run as sparsify
 
 LAYERS = ("embedding", "attention", "ffn", "head")
@@ -97,6 +99,20 @@ def _sparse_cores(path: Path) -> tuple[Tensor, Tensor]:
     return _sparse(path, "mpo")
 
 
+def _few_bits(path: Path) -> tuple[Tensor, Tensor]:
+    quantize.run(str(path / "dense"), QuantizeConfig(bits=3, layers=LAYERS), path / "few")
+    merge.run(str(path / "few"), path / "merged")
+    return outputs(path, "few"), outputs(path, "merged")
+
+
+def _sparse_cores_in_few_bits(path: Path) -> tuple[Tensor, Tensor]:
+    decompose.run(str(path / "dense"), DecomposeConfig(layers=LAYERS), path / "mpo")
+    sparsify.run(str(path / "mpo"), pruning(0.5, layers=LAYERS), path / "sparse")
+    quantize.run(str(path / "sparse"), QuantizeConfig(layers=LAYERS), path / "few")
+    merge.run(str(path / "few"), path / "merged")
+    return outputs(path, "few"), outputs(path, "merged")
+
+
 def _mpo(path: Path) -> tuple[Tensor, Tensor]:
     decompose.run(str(path / "dense"), DecomposeConfig(layers=LAYERS), path / "mpo")
     merge.run(str(path / "mpo"), path / "merged")
@@ -115,7 +131,7 @@ def _experts(path: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("model", ["old_names", "multimodal"])
-@pytest.mark.parametrize("verb", [_sparse, _sparse_cores, _mpo, _experts])
+@pytest.mark.parametrize("verb", [_sparse, _sparse_cores, _few_bits, _sparse_cores_in_few_bits, _mpo, _experts])
 def test_a_checkpoint_whose_tensors_are_renamed_on_loading_loads_and_computes_the_same(
     model: str, verb: Callable[[Path], tuple[Tensor, Tensor]], request: pytest.FixtureRequest
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocli.config.quantize import QuantizeConfig
-from mpocli.errors import NumericsError
+from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.activations import Inputs
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.calibration import sequential
@@ -66,17 +66,23 @@ def parts_by_inputs(
     """The parts of the tensors of layers: GPTQ (Frantar et al., ICLR 2023), along chains too.
 
     Blocks are rounded in the order of execution, each from the outputs of those that were rounded before it. What has
-    no inputs of its own (a table, an expert) or zeros to keep is not in the answer. Raises `InputError` for text or a
-    model that cannot be used, and `NumericsError` for entries that no scale reaches.
+    no inputs of its own (a table, an expert) or zeros to keep is not in the answer. Raises `UsageError` where that is
+    all there is, `InputError` for text or a model that cannot be used, and `NumericsError` for entries that no scale
+    reaches.
     """
     assert config.calibration is not None
+    layers = {target.weight.name: target for target in targets if _has_inputs(target)}
+    if not layers:
+        raise UsageError(
+            "--calibrate: nothing that is rounded has inputs to look at (tables, experts and sparse weights have none)",
+            hint="leave it out",
+        )
     batches = calibration_batches(checkpoint, config.calibration, config.data, config.seed, warn=warn)
     for target in targets:  # a broken weight is told as such, and not by what it makes of activations
         for leaf in target.encodings:
             check_finite(checkpoint.reader.read(target.weight.key_of(leaf)), target.weight.key_of(leaf))
     model = load_as_saved(checkpoint).to(device)
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
-    layers = {target.weight.name: target for target in targets if _has_inputs(target)}
     made = Known()
     few: tuple[int, str] | None = None
     done = 0
@@ -96,8 +102,7 @@ def parts_by_inputs(
         if progress:
             progress(done, len(layers), name)
 
-    if layers:
-        sequential(model, batches, list(layers), visit, gram=True)
+    sequential(model, batches, list(layers), visit, gram=True)
     if few is not None:
         warn(f"{few[1]}: raise --samples or --seq-len")
     return made
