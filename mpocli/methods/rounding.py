@@ -47,6 +47,7 @@ def round_chain(
     *,
     output: Tensor | None = None,
     moves: bool = True,
+    quick: bool = False,
 ) -> RoundedChain:
     """The cores of an MPO on their grids, from the last to the first, each seen through its neighbours.
 
@@ -55,7 +56,8 @@ def round_chain(
     up for by the first one, which is fitted anew before it is rounded; and of `_GAUGES` the better one is taken.
     `grids` has one for every core, None for one that is not rounded. Without `moves` such a core stays as it is to the
     bit, and the others are rounded in the gauge that they have. The norm is tr(H D G Dᵀ), `gram` G (I, I) of the
-    inputs and `output` H (O, O); None is the identity.
+    inputs and `output` H (O, O); None is the identity. A `quick` look rounds the factors of a pair to nearest, on grids
+    that are searched for, in one gauge: it loses more, by much the same factor at every bond.
     """
     wide = mpo.to(dtype=working_dtype(mpo.cores[0].device))
     matrix = wide.to_matrix()
@@ -63,7 +65,9 @@ def round_chain(
         last = max(k for k, grid in enumerate(grids) if grid is not None)
         seen = _gauged(wide, last) if moves or None not in grids else wide
         return _measured(_round_each(seen, gram, grids), matrix, gram, output)
-    tried = [_measured(_round_pair(wide, matrix, gram, grids, share), matrix, gram, output) for share in _GAUGES]
+    gauges = _GAUGES[-1:] if quick else _GAUGES
+    made = (_round_pair(wide, matrix, gram, grids, share, quick=quick) for share in gauges)
+    tried = [_measured(one, matrix, gram, output) for one in made]
     return min(tried, key=lambda one: one.loss)
 
 
@@ -119,7 +123,9 @@ def _is_svd(mpo: MPO) -> bool:
     return sites.sites == 2 and sites.in_dims[0] == sites.out_dims[1] == 1
 
 
-def _round_pair(mpo: MPO, matrix: Tensor, gram: Tensor | None, grids: Sequence[Grid | None], share: float) -> _Made:
+def _round_pair(
+    mpo: MPO, matrix: Tensor, gram: Tensor | None, grids: Sequence[Grid | None], share: float, *, quick: bool
+) -> _Made:
     """U V of a truncated SVD: V's rows have the shapes (1, I), U's the bond's. Both may be padded."""
     first, second = grids
     assert first is not None and second is not None
@@ -129,13 +135,20 @@ def _round_pair(mpo: MPO, matrix: Tensor, gram: Tensor | None, grids: Sequence[G
     # Every row of V has scales of its own: what U's entries are is all that the gauge decides.
     sizes = torch.linalg.vector_norm(rest, dim=1).clamp_min(torch.finfo(rest.dtype).tiny) ** share
     padded = gram is not None and len(gram) < rest.shape[1]
-    back = round_matrix(rest / sizes[:, None], _seen([], gram, sites.in_dims, 1) if padded else gram, second)
+    seen = _seen([], gram, sites.in_dims, 1) if padded else gram
+    back = _round(rest / sizes[:, None], seen, second, quick=quick)
     values = back.values(torch.float32).to(rest)
     core = values.reshape(len(values), 1, -1, 1)
     fitted = _fitted(matrix, values[:, : mpo.shape[1]], gram)
     fitted = torch.nn.functional.pad(fitted, (0, 0, 0, sites.out_dims[0] - len(fitted)))
-    front = round_matrix(fitted, _seen([core], gram, sites.in_dims, 0), first)
+    front = _round(fitted, _seen([core], gram, sites.in_dims, 0), first, quick=quick)
     return [front, back], [front.values(torch.float32).to(rest)[None, :, None, :], core], mpo.shape
+
+
+def _round(matrix: Tensor, gram: Tensor | None, grid: Grid, *, quick: bool) -> Rounded:
+    if quick:
+        return searched(matrix, grid, None if gram is None else gram.diagonal())
+    return round_matrix(matrix, gram, grid)
 
 
 def _fitted(matrix: Tensor, second: Tensor, gram: Tensor | None) -> Tensor:

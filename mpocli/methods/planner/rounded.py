@@ -15,7 +15,6 @@ from torch import Tensor
 from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import FitStore, relative_error
 from mpocli.methods.planner.formats import Format
-from mpocli.methods.planner.norms import Norm
 from mpocli.methods.rewrite import Stored
 from mpocli.methods.rounding import RoundedChain, round_chain, round_matrix
 from mpocli.mpo.canonical import canonicalize
@@ -24,18 +23,20 @@ from mpocli.mpo.linalg import cast
 from mpocli.mpo.weighted import svd_shape, weighted_square
 from mpocli.quant.grid import Grid, searched
 
-# Grids of a whole matrix by their bits; the first of each is measured by GPTQ, the others are told by it and by what
-# rounding to nearest loses on them.
+# Grids of a whole matrix by their bits, the first one measured: by GPTQ at 2 and at 3 bits, whose gain on rounding to
+# nearest is taken for the wider ones. What the others lose beside the first is told by some of the rows.
+_GROUPS = (64, 16, 32, 128, 256, 0)
 _MATRIX = {
-    8: (Grid(8, 0),),
-    4: (Grid(4, 64), Grid(4, 32), Grid(4, 128), Grid(4, 0)),
-    3: (Grid(3, 64), Grid(3, 32), Grid(3, 128), Grid(3, 0)),
-    2: (Grid(2, 64, True), Grid(2, 32, True), Grid(2, 128, True), Grid(2, 64), Grid(2, 128)),
+    8: tuple(Grid(8, group) for group in (0, 128, 32)),
+    4: tuple(Grid(4, group, offsets) for group in _GROUPS for offsets in (False, True)),
+    3: tuple(Grid(3, group, offsets) for group in _GROUPS for offsets in (False, True)),
+    2: tuple(Grid(2, group, offsets) for group in _GROUPS for offsets in (True, False)),
 }
+_ROWS = 256
 # Of two factors; few bits more would be better spent on a wider bond.
 _FACTOR = {8: Grid(8, 64), 4: Grid(4, 64), 3: Grid(3, 64)}
 # Ranks, as parts of the full one, at which the rounding of factors is measured, and how many are offered.
-_MEASURED = (0.15, 0.4, 0.75)
+_MEASURED = (0.15, 0.6)
 _RANKS = 40
 _LEAST_RANK = 4
 
@@ -89,48 +90,71 @@ def options(fits: FitStore, weight: Weight, bits: Sequence[int]) -> list[Option]
     if norm.unmeasured:
         return norm.unmeasured
     scale, dtype = fits.scale(weight, norm, problem), fits.stored_dtype(weight)
-    found = [(wide(weight), 0.0)]
-    for width in bits:
-        found += _of_matrix(fits, norm, problem, width)
-    found += _of_factors(fits, norm, problem, bits)
+    measure = _Measure(problem, fits.moved(norm.input_gram))
+    found = [(wide(weight), 0.0), *measure.matrices(bits), *measure.factors(bits)]
     return [Option(one, one.nbytes(weight, dtype), scale * loss) for one, loss in found]
 
 
-def _of_matrix(fits: FitStore, norm: Norm, problem: FittingProblem, bits: int) -> Iterator[tuple[Format, float]]:
-    grids = _MATRIX.get(bits, ())
-    by_nearest = [_loss(problem, searched(problem.matrix, grid).values(problem.wide.dtype)) for grid in grids]
-    gram = fits.moved(norm.input_gram)
-    for grid, loss in zip(grids, by_nearest, strict=True):
-        if gram is not None:
-            if grid is grids[0]:
-                rounded = round_matrix(problem.wide, gram, grid).values(problem.wide.dtype)
-                gain = _loss(problem, rounded) / by_nearest[0] if by_nearest[0] else 1.0
-            loss *= gain
-        yield Format(_name(grid), (grid,)), loss
+@dataclass
+class _Measure:
+    """What one matrix loses in its formats; `gram` is of its inputs, None where they are unknown."""
 
+    problem: FittingProblem
+    gram: Tensor | None
 
-def _of_factors(
-    fits: FitStore, norm: Norm, problem: FittingProblem, bits: Sequence[int]
-) -> Iterator[tuple[Format, float]]:
-    rows, columns = problem.matrix.shape
-    full = min(rows, columns)
-    sites = svd_shape(rows, columns)
-    most = rows * columns // (rows + columns)  # from there on two wide factors are no smaller
-    ranks = sorted({round(_LEAST_RANK * (full / _LEAST_RANK) ** (k / _RANKS)) for k in range(_RANKS + 1)})
-    if full <= _LEAST_RANK:
-        return
-    if 16 in bits:
-        for rank in (rank for rank in ranks if rank < most):
-            yield Format(f"rank {rank}", (None, None), sites, (1, rank, 1)), problem.svd.lost(rank)
-    for width in (width for width in bits if width in _FACTOR):
-        grid = _FACTOR[width]
-        measured = []
-        for rank in sorted({max(_LEAST_RANK, int(part * full)) for part in _MEASURED}):
-            chain = _chain(fits, norm, problem, rank, (grid, grid))
-            measured.append((rank, max(_loss(problem, chain.mpo.to_matrix()) - problem.svd.lost(rank), 1e-300)))
-        for rank in ranks:
-            loss = problem.svd.lost(rank) + _between(measured, rank)
-            yield Format(f"rank {rank} × {_name(grid)}", (grid, grid), sites, (1, rank, 1)), loss
+    def matrices(self, bits: Sequence[int]) -> Iterator[tuple[Format, float]]:
+        """The matrix itself on every grid of these bits."""
+        gain = 1.0
+        for width in sorted(bits):
+            first, *others = _MATRIX.get(width, (None,))
+            if first is None:
+                continue
+            plain = self._loss(searched(self.problem.matrix, first).values(self.problem.wide.dtype))
+            if self.gram is not None and width <= max(3, min(bits)):
+                made = self._loss(round_matrix(self.problem.wide, self.gram, first).values(self.problem.wide.dtype))
+                gain = made / plain if plain else 1.0
+            yield Format(_name(first), (first,)), gain * plain
+            base = self._beside(first)
+            for grid in others:
+                yield Format(_name(grid), (grid,)), gain * plain * (self._beside(grid) / base if base else 1.0)
+
+    def _beside(self, grid: Grid) -> float:
+        """The loss on a grid by some of the rows, and the inputs alone."""
+        rows = self.problem.wide[:: -(-len(self.problem.wide) // _ROWS)]
+        difference = rows - searched(rows, grid).values(rows.dtype)
+        return weighted_square(difference, self.problem.gram)
+
+    def factors(self, bits: Sequence[int]) -> Iterator[tuple[Format, float]]:
+        rows, columns = self.problem.matrix.shape
+        full = min(rows, columns)
+        if full <= _LEAST_RANK:
+            return
+        sites = svd_shape(rows, columns)
+        ranks = sorted({round(_LEAST_RANK * (full / _LEAST_RANK) ** (k / _RANKS)) for k in range(_RANKS + 1)})
+        if 16 in bits:
+            most = rows * columns // (rows + columns)  # from there on two wide factors are no smaller
+            for rank in (rank for rank in ranks if rank <= most):
+                yield Format(f"rank {rank}", (None, None), sites, (1, rank, 1)), self.problem.svd.lost(rank)
+        gain = None
+        for width in (width for width in bits if width in _FACTOR):
+            grid = _FACTOR[width]
+            looks = sorted({max(_LEAST_RANK, int(part * full)) for part in _MEASURED})
+            if gain is None:
+                middle = looks[len(looks) // 2]
+                gain = self._added(middle, grid, quick=False) / self._added(middle, grid, quick=True)
+            measured = [(rank, gain * self._added(rank, grid, quick=True)) for rank in looks]
+            for rank in ranks:
+                loss = self.problem.svd.lost(rank) + _between(measured, rank)
+                yield Format(f"rank {rank} × {_name(grid)}", (grid, grid), sites, (1, rank, 1)), loss
+
+    def _added(self, rank: int, grid: Grid, *, quick: bool) -> float:
+        """What rounding the factors adds to the loss of the truncation, above 0."""
+        chain = rounded_svd(self.problem, self.gram, rank, (grid, grid), quick=quick)
+        lost = self.problem.svd.lost(rank)
+        return max(self._loss(chain.mpo.to_matrix()) - lost, 1e-9 * self.problem.svd.total, 1e-300)
+
+    def _loss(self, values: Tensor) -> float:
+        return _loss(self.problem, values)
 
 
 def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
@@ -148,7 +172,7 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
         values = rounded.values(problem.wide.dtype)
     else:
         assert chosen.bonds is not None
-        chain = _chain(fits, norm, problem, chosen.bonds[1], chosen.grids)
+        chain = rounded_svd(problem, fits.moved(norm.input_gram), chosen.bonds[1], chosen.grids)
         rounded_cores = iter(chain.rounded)
         for leaf, core in zip(chosen.shapes(weight), chain.mpo.cores, strict=True):
             if leaf in encodings:
@@ -170,13 +194,14 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
     )
 
 
-def _chain(
-    fits: FitStore, norm: Norm, problem: FittingProblem, rank: int, grids: Sequence[Grid | None]
+def rounded_svd(
+    problem: FittingProblem, gram: Tensor | None, rank: int, grids: Sequence[Grid | None], *, quick: bool = False
 ) -> RoundedChain:
+    """The truncated SVD of a rank in the problem's norm, its factors on grids, or wide where those are None."""
     truncated = canonicalize(problem.svd.mpo(rank))
     if set(grids) == {None}:
         return RoundedChain((), truncated, 0.0)
-    return round_chain(truncated, fits.moved(norm.input_gram), grids, output=problem.output)
+    return round_chain(truncated, gram, grids, output=problem.output, quick=quick)
 
 
 def _loss(problem: FittingProblem, values: Tensor) -> float:
