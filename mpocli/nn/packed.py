@@ -29,7 +29,7 @@ _VIEWS = {
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 # torch's kernel for int8 weights reads them anew for every row of the inputs: from here on unpacked ones are as fast
 # where the processor multiplies bfloat16 itself.
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 
 Parts = tuple[Tensor, ...]
 Step = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
