@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.weight import Weight
 from mpocli.io.encodings import known
-from mpocli.io.encodings.base import Encoding, Part
+from mpocli.io.encodings.base import D, Encoding, Part
 from mpocli.io.manifest import Manifest
+from mpocli.io.tensor_spec import TensorSpec
 from mpocli.io.totals import Totals
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
@@ -39,7 +40,9 @@ class Int8(Encoding):
     name = "int8"
     phrase = "eight bits"
     account = "eight bits an entry and one scale a row"
-    parts = (Part("_codes", "codes", "I8"), Part("_scales", "scales"))
+    adjective = "eight-bit"
+    parts = (Part("_whole", "whole numbers", "I8"), Part("_factors", "factors"))
+    code_bits = 8
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
         rows = tensor.reshape(len(tensor), -1)
@@ -52,6 +55,9 @@ class Int8(Encoding):
 
     def nbytes(self, zeros: int, itemsize: int) -> int:
         return math.prod(self.shape) + self.shape[0] * itemsize
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        return "" if [part.shape for part in parts] == [self.shape, self.shape[:1]] else f"{name}: wrong parts"
 
 
 def _write(rewriting: Rewriting, out: Path, most: int = MOST) -> tuple[Manifest, Totals]:
@@ -155,7 +161,7 @@ def test_another_encoding_is_loaded_saved_inspected_and_merged(
     tensors, expected = _stored(tmp_path / "int8"), dense.state_dict()
     names = [f"{weight.name}.weight" for weight in rewriting.weights]
     for name in names:
-        codes, scales = tensors[f"{name}_codes"], tensors[f"{name}_scales"]
+        codes, scales = tensors[f"{name}_whole"], tensors[f"{name}_factors"]
         assert codes.dtype == torch.int8 and scales.shape == (len(codes),) and tensors[name].tolist() == [0.0]
         assert (codes * scales[:, None] - expected[name]).abs().max() <= scales.max() / 2 * 1.001
     assert f"{len(names)} tensors are stored as {Int8.account}." in (tmp_path / "int8" / "README.md").read_text()
@@ -173,7 +179,7 @@ def test_another_encoding_is_loaded_saved_inspected_and_merged(
     logits = models.logits(model)
     assert 0 < (logits - models.logits(dense)).norm() / logits.norm() < 0.05
     assert torch.equal(models.logits(cls.from_pretrained(tmp_path / "merged").eval()), logits)
-    assert not any("_codes" in name for name in _stored(tmp_path / "merged"))
+    assert not any("_whole" in name for name in _stored(tmp_path / "merged"))
     encodings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["encodings"]
     assert {entry["encoding"] for entry in encodings.values()} == {"int8"} and len(encodings) == len(names)
 

@@ -23,7 +23,10 @@ D = TypeVar("D", bound=DType)
 @dataclass(frozen=True)
 class Part:
     """A tensor in the files: the end of its name, the noun for it in messages, and its dtype as safetensors calls it
-    (None: that of the tensor it stands for, in which it is trained where it is trained)."""
+    (None: that of the tensor it stands for, in which it is trained where it is trained).
+
+    The end is what an encoding is known by: no other part of any encoding may end so (`known.py` refuses it).
+    """
 
     suffix: str
     noun: str
@@ -37,6 +40,16 @@ class Encoding(ABC):
     `key` is the tensor's name in the files where that is not the model's: transformers renames some on loading.
     `name` is the word for the encoding in JSON, `phrase` what a tensor is stored as, `account` the same at length,
     `adjective` what such tensors are called.
+
+    A subclass is a frozen dataclass that has these words, `parts`, and all that is abstract here. Beyond that it gives
+
+    - `own_fields` where it adds fields: they are written by themselves, and read by that alone;
+    - `dense_dtype` and `in_dtype` where no part has the tensor's dtype: those of `RoundedEncoding`, which has a field
+      for it;
+    - `of` where a field tells of the values, `problem` where values can contradict one;
+    - `suits` where a tensor may be stored so no longer once it was changed;
+    - `zeros` where the parts' shapes tell how many there are, `holds_zeros` where training must leave them alone;
+    - `is_exact` where packing loses something.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +61,9 @@ class Encoding(ABC):
     adjective: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
     holds_zeros: ClassVar[bool] = False  # whether training leaves zeros exactly zero
-    is_exact: ClassVar[bool] = True  # whether any tensor comes back as it was; else its parts are kept beside it
+    # Whether any tensor comes back as it was. Where not, it is frozen in training, and its parts are kept beside it in
+    # memory, so that it is stored by them again, and not rounded twice.
+    is_exact: ClassVar[bool] = True
 
     # --- values ---
 
@@ -89,17 +104,17 @@ class Encoding(ABC):
     # --- metadata ---
 
     @property
+    @abstractmethod
     def code_bits(self) -> int | None:
         """Bits of a code, None where there are no codes but values."""
-        return None
 
     @abstractmethod
     def nbytes(self, zeros: int, itemsize: int) -> int:
         """Bytes of the parts of a tensor with so many zeros, of `itemsize` bytes an entry."""
 
+    @abstractmethod
     def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
         """Why stored parts cannot be those of the dense shape, with the numbers; empty where they can."""
-        return ""
 
     def zeros(self, parts: Sequence[TensorSpec[Any]]) -> int | None:
         """Zeros of the tensor, None where its parts' shapes do not tell."""
@@ -107,7 +122,10 @@ class Encoding(ABC):
 
     def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
         """The tensor's dtype, told by its parts; `dtypes` are by safetensors' words."""
-        return next(spec.dtype for part, spec in zip(self.parts, parts, strict=True) if part.dtype is None)
+        own = [spec.dtype for part, spec in zip(self.parts, parts, strict=True) if part.dtype is None]
+        if not own:
+            raise TypeError(f"{type(self).__name__}: no part tells the tensor's dtype; make it a RoundedEncoding")
+        return own[0]
 
     def converted(self, name: str, parts: Sequence[TensorSpec[D]], dtype: D) -> list[TensorSpec[D]]:
         """What `encode` leaves of the same tensor in another dtype, told by its parts."""
@@ -137,14 +155,41 @@ class Encoding(ABC):
         return replace(self, key=None if key == name else key)
 
     def to_dict(self) -> dict[str, Any]:
+        """In JSON. `TypeError` where `own_fields` would not read a field that a subclass added."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("shape", "key")}
         data = {"encoding": self.name, "shape": list(self.shape), **own}
+        if lost := sorted(own.keys() - self.own_fields(data).keys()):
+            raise TypeError(f"{type(self).__name__}.own_fields does not read {', '.join(lost)}, which would be lost")
         return data if self.key is None else data | {"key": self.key}
 
     @classmethod
     def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """A subclass's fields from JSON; `KeyError`, `TypeError` or `ValueError` for what they cannot be."""
+        """All fields that a subclass adds, from JSON; `KeyError`, `TypeError` or `ValueError` for what they cannot be.
+
+        It reads what others wrote: a value of the wrong kind or size must not come through.
+        """
         return {}
+
+
+class RoundedEncoding(Encoding):
+    """An encoding all of whose parts have a dtype of their own, so that the tensor's is a field in JSON.
+
+    A subclass declares that field, `dtype: str = "F32"`, and reads it in `own_fields`.
+    """
+
+    is_exact = False
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The dtype of the tensor it stands for, by safetensors' word."""
+
+    def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
+        return dtypes[self.dtype]
+
+    def in_dtype(self, dtype: str) -> Self:
+        other: dict[str, Any] = {"dtype": dtype}
+        return replace(self, **other)
 
 
 def has_tombstone(name: str) -> bool:

@@ -63,6 +63,10 @@ class Bitmask(Encoding):
         numel = math.prod(self.shape)
         return -(-numel // 8) + (numel - zeros) * itemsize
 
+    @property
+    def code_bits(self) -> None:
+        return None
+
     def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
         bits, values = parts
         needed = -(-math.prod(self.shape) // 8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpocli.io.encodings.base import Encoding, Part
+from mpocli.io.encodings.base import D, Encoding, Part
+from mpocli.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,3 +32,10 @@ class Dense(Encoding):
 
     def nbytes(self, zeros: int, itemsize: int) -> int:
         return math.prod(self.shape) * itemsize
+
+    @property
+    def code_bits(self) -> None:
+        return None
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from mpocli.io.dtypes import STORED_DTYPES
-from mpocli.io.encodings.base import D, Encoding, Part
+from mpocli.io.encodings.base import D, Part, RoundedEncoding
 from mpocli.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Quantised(Encoding):
+class Quantised(RoundedEncoding):
     """`bits` a code, groups of `group` entries along a row (0: whole rows) with or without `offsets`.
 
     A tensor is seen as a matrix: one of four dimensions or more by its last two together, others by the last one;
@@ -40,7 +40,6 @@ class Quantised(Encoding):
     account = "packed codes of few bits with their scales"
     adjective = "quantised"
     parts = (Part("_codes", "codes", "U8"), Part("_scales", "scales", "F16"), Part("_offsets", "offsets", "F16"))
-    is_exact = False
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -137,12 +136,6 @@ class Quantised(Encoding):
                     f"{self.group or 'a row'} for shape {'x'.join(map(str, self.shape))} need {dtype} of {shape}"
                 )
         return ""
-
-    def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
-        return dtypes[self.dtype]
-
-    def in_dtype(self, dtype: str) -> Self:
-        return replace(self, dtype=dtype)
 
     @classmethod
     def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:

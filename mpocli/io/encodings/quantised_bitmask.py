@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mpocli.errors import InputError
 from mpocli.io.dtypes import STORED_DTYPES
-from mpocli.io.encodings.base import D, Encoding, Part
+from mpocli.io.encodings.base import D, Part, RoundedEncoding
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.tensor_spec import TensorSpec
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuantisedBitmask(Encoding):
+class QuantisedBitmask(RoundedEncoding):
     """`bits`, `offsets`, `transposed` and `dtype` as in `Quantised`, `pattern` as in `Bitmask`. Of the matrix that
     `Quantised` sees, `kept` values are left, row after row, in groups of `group` (0: what a row keeps).
 
@@ -48,7 +48,6 @@ class QuantisedBitmask(Encoding):
         Part("_starts", "offsets", "F16"),
     )
     holds_zeros = True
-    is_exact = False
 
     @property
     def code_bits(self) -> int:
@@ -135,12 +134,6 @@ class QuantisedBitmask(Encoding):
     def zeros(self, parts: Sequence[TensorSpec[Any]]) -> int:
         """What the mask drops; of the others some may have been rounded to zero."""
         return math.prod(self.shape) - self.kept
-
-    def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
-        return dtypes[self.dtype]
-
-    def in_dtype(self, dtype: str) -> Self:
-        return replace(self, dtype=dtype)
 
     @classmethod
     def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
