@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpocli.errors import InputError
-from mpocli.io.checkpoint import CheckpointReader
-from mpocli.io.encodings.base import Encoding
+from mpocli.io.checkpoint import DTYPES, CheckpointReader
+from mpocli.io.encodings import known
+from mpocli.io.encodings.base import D, Encoding, Part, RoundedEncoding
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.known import encoded, encoding_of, encodings_from
 from mpocli.io.manifest import Manifest
@@ -304,3 +307,69 @@ def test_the_manifest_says_of_every_core_how_it_is_stored() -> None:
     )
     tensors = json.loads(manifest.dumps())["modules"][0]["tensors"]
     assert {name: tensor["encoding"] for name, tensor in tensors.items()} == {"core_0": "bitmask", "core_1": "dense"}
+
+
+# --- what another encoding must not be ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows(RoundedEncoding):
+    """Of all its parts the dtype is fixed."""
+
+    dtype: str = "F32"
+    beta: int = 1
+
+    name = "rows"
+    phrase = account = adjective = "rows"
+    parts = (Part("_rows", "rows", "I8"), Part("_heights", "heights", "F16"))
+    code_bits = 8
+
+    def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        heights = tensor.abs().amax(1) / 127
+        return (tensor / heights[:, None]).round().to(torch.int8), heights.half()
+
+    def unpack(self, *parts: Tensor) -> Tensor:
+        return parts[0] * parts[1].float()[:, None]
+
+    def nbytes(self, zeros: int, itemsize: int) -> int:
+        return self.shape[0] * (self.shape[1] + 2)
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        return "" if parts[0].shape == self.shape else f"the rows of {name} are {parts[0].shape}"
+
+
+class Read(Rows):
+    """With what it takes to be read."""
+
+    @classmethod
+    def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {"dtype": str(data["dtype"]), "beta": int(data["beta"])}
+
+
+def test_an_encoding_whose_parts_have_all_their_dtype_says_the_tensors_in_a_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(known.KINDS, Read.name, Read)  # type: ignore[arg-type]
+    tensor, encoding = _sparse((6, 7)), Read((6, 7), "BF16")
+    reader = CheckpointReader(_directory(tmp_path / "a", encoding.encode(NAME, tensor)), {NAME: encoding})
+    assert reader.specs[NAME] == TensorSpec(NAME, torch.bfloat16, (6, 7))
+    assert encoding.in_dtype("F16") == replace(encoding, dtype="F16")
+    assert encodings_from({NAME: replace(encoding, beta=3).to_dict()}) == {NAME: replace(encoding, beta=3)}
+    without = type("Without", (Encoding,), {**vars(Rows)})
+    with pytest.raises(TypeError, match="Without: no part tells the tensor's dtype; make it a RoundedEncoding"):
+        without.dense_dtype(without((6, 7)), reader.parts(NAME), DTYPES)
+
+
+def test_a_field_that_nothing_would_read_is_an_error_before_it_is_lost() -> None:
+    with pytest.raises(TypeError, match=r"Rows\.own_fields does not read beta, dtype, which would be lost"):
+        Rows((6, 7)).to_dict()
+
+
+def test_encodings_are_told_apart_by_their_words_and_by_what_parts_end_in() -> None:
+    assert list(known.by_name([*known.ENCODINGS, Rows])) == ["bitmask", "quantised", "quantised_bitmask", "rows"]
+    with pytest.raises(TypeError, match="Read and Rows are both called 'rows'"):
+        known.by_name([Rows, Read])
+    for suffix in ("_values", "_more_values"):
+        other = type("Other", (Rows,), {"name": "other", "parts": (Part(suffix, "values", "I8"),)})
+        with pytest.raises(TypeError, match=f"'{suffix}' of Other ends like '_values' of Bitmask: choose another"):
+            known.by_name([*known.ENCODINGS, other])

@@ -7,13 +7,38 @@ from typing import Any
 
 from mpocli.errors import InputError
 from mpocli.io.encodings.base import Encoding
-from mpocli.io.encodings.bitmask import Bitmask as Bitmask  # a line for each: what is imported here is known
-from mpocli.io.encodings.dense import Dense
-from mpocli.io.encodings.quantised import Quantised as Quantised
-from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask as QuantisedBitmask
+from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.io.encodings.quantised import Quantised
+from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
 
-# By the word for it in JSON. A tensor that has no entry there is dense.
-KINDS: Mapping[str, type[Encoding]] = {kind.name: kind for kind in Encoding.__subclasses__() if kind is not Dense}
+ENCODINGS: tuple[type[Encoding], ...] = (
+    Bitmask,
+    Quantised,
+    QuantisedBitmask,
+)
+
+
+def by_name(kinds: Iterable[type[Encoding]]) -> dict[str, type[Encoding]]:
+    """Encodings by the word for them in JSON; `TypeError` where two have one word, or parts that end alike."""
+    found: dict[str, type[Encoding]] = {}
+    ends: dict[str, type[Encoding]] = {}
+    for kind in kinds:
+        if kind.name in found:
+            raise TypeError(f"{kind.__name__} and {found[kind.name].__name__} are both called {kind.name!r}")
+        for part in kind.parts:
+            for end, other in ends.items():
+                if part.suffix.endswith(end) or end.endswith(part.suffix):
+                    raise TypeError(
+                        f"the part {part.suffix!r} of {kind.__name__} ends like {end!r} of {other.__name__}: "
+                        "choose another suffix"
+                    )
+            ends[part.suffix] = kind
+        found[kind.name] = kind
+    return found
+
+
+# A tensor that has no entry there is dense.
+KINDS: Mapping[str, type[Encoding]] = by_name(ENCODINGS)
 
 Encodings = Mapping[str, Encoding]
 
