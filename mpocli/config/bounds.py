@@ -62,7 +62,7 @@ def sites(option: str, value: int) -> None:
         )
 
 
-def tolerance(option: str, value: float) -> None:
+def below_one(option: str, value: float) -> None:
     """A number in [0, 1)."""
     if not 0 <= value < 1:  # NaN too
         raise UsageError(f"{option} {value}: must be at least 0 and below 1", hint="choose one such as 0.05")

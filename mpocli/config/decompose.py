@@ -61,7 +61,7 @@ class DecomposeConfig:
             "Largest relative Frobenius error of each matrix, before rounding to the stored dtype; a cap wins over it.",
             "X",
             SIZE,
-            check=bounds.tolerance,
+            check=bounds.below_one,
             share=True,
         ),
         _UNPLANNED,
