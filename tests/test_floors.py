@@ -69,7 +69,7 @@ def test_readmes_map_has_a_line_for_every_room_and_every_file_that_is_in_none() 
     alone = {str(file) for file in files if file.parent in floors_with_rooms} - {
         f"mpocli/{floor}/__init__.py" for floor in ROOMS
     }
-    assert sorted(listed) == sorted(rooms | alone)
+    assert sorted(listed) == sorted(rooms | alone), "README.md: a line in the map of Inside for each of them"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
     assert {name.partition("/")[0].removesuffix(".py") for name in names} <= {*FLOORS, "__init__", "__main__"}
     for floor, rooms in ROOMS.items():
         there = {_room(name.partition("/")[2]) for name in names if name.startswith(f"{floor}/")}
-        assert there == {*rooms, "__init__"}
+        assert there == {*rooms, "__init__"}, f"give each room a level in ROOMS[{floor!r}], above those it imports"
     assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
 
 

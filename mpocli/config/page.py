@@ -26,7 +26,8 @@ DANGER = "Dangerous options"
 
 # These come last, in this order; the others as the fields of a configuration do.
 _LAST_PANELS = (LOOK, RISE, PST, HOW, TEACHER, OVER, EXPERTS, DANGER)
-# And these in their panels, by the options' keys: fields have the order in which the manifest records them.
+# And these in their panels, by the options' keys: fields have the order in which the manifest records them. What is
+# not listed comes before what is, as declared: an option that is to follow one of these has to be listed too.
 _LAST: dict[str | None, tuple[str, ...]] = {
     None: (
         *("dtype", "precision", "device", "path", "select", "seed", "seeds", "log_steps", "save_steps", "report_to"),
@@ -59,6 +60,6 @@ def panel_place(panel: str | None) -> int:
 
 
 def place(key: str, panel: str | None) -> int:
-    """Where an option stands in its panel: by this number first, then as declared."""
+    """Where an option stands in its panel: by this number first, 0 where it is not listed, then as declared."""
     last = _LAST.get(panel, ())
     return last.index(key) + 1 if key in last else 0

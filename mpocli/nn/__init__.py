@@ -1,4 +1,4 @@
-"""Torch modules whose weights are MPOs; no transformers."""
+"""Torch modules whose weights are MPOs, and tensors that stay packed in memory; no transformers."""
 
 from mpocli.config.routing import RouterOptions
 from mpocli.nn.cores import TOMBSTONE, MPOModule, Update

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mpocli.nn import int8
+
 _aten = torch.ops.aten
 # What only looks at a tensor otherwise is put off until its values are asked for: autograd then keeps codes.
 _VIEWS = {
@@ -27,9 +29,6 @@ _VIEWS = {
     _aten.slice.Tensor,
 }
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
-# torch's kernel for int8 weights reads them anew for every row of the inputs: from here on unpacked ones are as fast
-# where the processor multiplies bfloat16 itself.
-_FEW_ROWS = 32
 
 Parts = tuple[Tensor, ...]
 Step = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
@@ -270,21 +269,16 @@ def _int8_product(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     bias, (x, weight) = (args[0], args[1:3]) if function is _aten.addmm.default else (None, args[:2])
     if kwargs or len(args) > 3 or not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return None
-    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.device.type != "cpu" or not x.numel():
+    if weight.dtype != x.dtype or not int8.is_faster(x):
         return None
     # As a linear layer's product sees it, the rows of codes must be the weight's columns.
     turned = [step[0] for step in weight.steps]
     if turned != ([] if weight.encoding.transposed else [_aten.t.default]) or len(weight.encoding.shape) != 2:
         return None
-    if len(x) > _FEW_ROWS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
     found = weight.encoding.as_int8(weight.parts)
     if found is None:
         return None
-    whole, scales = found
-    # A scale has more digits than bfloat16: it is multiplied apart.
-    product: Tensor = _aten._weight_int8pack_mm(x.contiguous(), whole, torch.ones_like(scales, dtype=x.dtype))
-    product = (product.float() * scales.float()).to(x.dtype)
+    product = int8.product(x, *found)
     return product if bias is None else product + bias
 
 
