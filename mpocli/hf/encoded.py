@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from mpocli.hf.replace import local_name
 from mpocli.io.checkpoint import DTYPE_NAMES, DTYPES
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.known import KINDS, Encodings, encoded, encoding_of, encodings_from
-from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.tensor_spec import TensorSpec
 from mpocli.nn.held_zeros import look_again
 from mpocli.nn.packed import PackedTensor, is_packed, packed_names, parameter
@@ -140,17 +139,19 @@ def unpack(model: PreTrainedModel, encodings: Encodings, followers: Mapping[str,
 
 
 def _parameter(name: str, encoding: Encoding, parts: tuple[Tensor, ...]) -> nn.Parameter:
-    if isinstance(encoding, Quantised) and keeps_packed():
-        specs = [
-            TensorSpec(part.suffix, found.dtype, tuple(found.shape))
-            for part, found in zip(encoding.parts, parts, strict=True)
-        ]
+    if encoding.stays_packed and keeps_packed():
+        specs = _specs(encoding, parts)
         misfit = encoding.misfit(name, specs, DTYPES)
         if misfit:
             raise InputError(misfit)
-        # What it is called in the files is of this loading alone.
-        return parameter(parts, replace(encoding, key=None), DTYPES[encoding.dtype])
+        codec: Any = replace(encoding, key=None)  # what it is called in the files is of this loading alone
+        return parameter(parts, codec, encoding.dense_dtype(specs, DTYPES))
     return nn.Parameter(encoding.unpack(*parts), requires_grad=encoding.is_exact)
+
+
+def _specs(encoding: Encoding, parts: Sequence[Tensor]) -> list[TensorSpec[torch.dtype]]:
+    pairs = zip(encoding.parts, parts, strict=True)
+    return [TensorSpec(part.suffix, found.dtype, tuple(found.shape)) for part, found in pairs]
 
 
 def _unpack_state(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -238,7 +239,7 @@ def packed_state(
         if name in encodings:
             encoding = encodings[name]
             if name in unchanged:
-                dtype = DTYPES[encoding.dtype] if isinstance(encoding, Quantised) else tensor.dtype
+                dtype = encoding.dense_dtype(_specs(encoding, unchanged[name]), DTYPES)
                 zero = torch.zeros(1, dtype=dtype, device=tensor.device)
                 packed |= encoding.named(name, unchanged[name], zero)
             else:

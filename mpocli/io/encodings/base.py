@@ -49,7 +49,7 @@ class Encoding(ABC):
     - `of` where a field tells of the values, `problem` where values can contradict one;
     - `suits` where a tensor may be stored so no longer once it was changed;
     - `zeros` where the parts' shapes tell how many there are, `holds_zeros` where training must leave them alone;
-    - `is_exact` where packing loses something.
+    - `is_exact` where packing loses something, `stays_packed` where layers compute with its parts.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +64,8 @@ class Encoding(ABC):
     # Whether any tensor comes back as it was. Where not, it is frozen in training, and its parts are kept beside it in
     # memory, so that it is stored by them again, and not rounded twice.
     is_exact: ClassVar[bool] = True
+    # Whether memory may hold its parts in the place of the tensor: it is a `Codec` (`nn/packed.py`) then.
+    stays_packed: ClassVar[bool] = False
 
     # --- values ---
 

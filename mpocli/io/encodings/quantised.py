@@ -40,6 +40,7 @@ class Quantised(RoundedEncoding):
     account = "packed codes of few bits with their scales"
     adjective = "quantised"
     parts = (Part("_codes", "codes", "U8"), Part("_scales", "scales", "F16"), Part("_offsets", "offsets", "F16"))
+    stays_packed = True
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
