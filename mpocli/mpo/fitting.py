@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import UsageError
-from mpocli.mpo.budget import Curve
+from mpocli.mpo.allocation import Curve
 from mpocli.mpo.candidates import Candidate, bonds_within, svd
 from mpocli.mpo.canonical import canonicalize
 from mpocli.mpo.from_matrix import decompose

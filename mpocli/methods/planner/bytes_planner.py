@@ -11,7 +11,7 @@ from mpocli.methods.planner.fit_store import FitStore
 from mpocli.methods.planner.formats import Format
 from mpocli.methods.planner.parallel import run_parallel
 from mpocli.methods.planner.rounded import Option, RoundedForm, make, options
-from mpocli.mpo.budget import Curve, allocate
+from mpocli.mpo.allocation import Curve, allocate
 from mpocli.progress import Progress
 
 Formats = dict[str, Format]
@@ -66,12 +66,12 @@ class BytesPlanner:
         by_size = [{(one.nbytes, one.loss): one.format for one in self._options[name]} for name in names]
 
         def formats(room: int) -> Formats:
-            picked = zip(names, curves, by_size, allocate(curves, room), strict=True)
+            picked = zip(names, curves, by_size, allocate(curves, room, "bytes"), strict=True)
             found = {name: known[curve.options[k]] for name, curve, known, k in picked}
             return {name: one for name, one in found.items() if one.grids != (None,)}
 
-        smallest = sum(curve.params[0] for curve in curves)
-        room = self.limit - self.exact_bytes({}) + sum(curve.params[-1] for curve in curves)
+        smallest = sum(curve.sizes[0] for curve in curves)
+        room = self.limit - self.exact_bytes({}) + sum(curve.sizes[-1] for curve in curves)
         best: Formats | None = None
         for _ in range(_ROUNDS):
             if room < smallest:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.mpo import SiteShape
-from mpocli.mpo.budget import Curve
+from mpocli.mpo.allocation import Curve
 from mpocli.mpo.candidates import Candidate, bonds_within, svd
 from mpocli.mpo.fitting import Fitted, interpolated
 
@@ -50,7 +50,7 @@ class PlannedWeight:
         scale = self.fits.scale(self.weight, norm, problem)
         if self.fits.budget.shapes != "paper":
             curve = problem.svd_curve()
-            self.curve = Curve(curve.params, tuple(scale * loss for loss in curve.losses))
+            self.curve = Curve(curve.sizes, tuple(scale * loss for loss in curve.losses))
             return
         (self.chain,) = self.fits.chains(self.weight)
         fits = [

@@ -12,7 +12,7 @@ from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.parallel import run_parallel
 from mpocli.methods.planner.planned_weight import PlannedWeight
 from mpocli.mpo import SiteShape
-from mpocli.mpo.budget import Curve, allocate
+from mpocli.mpo.allocation import Curve, allocate
 from mpocli.mpo.candidates import bonds_within, svd
 from mpocli.progress import Progress
 
@@ -112,7 +112,7 @@ class Planner:
         over = self.exact_bytes({}) - budget.max_bytes
         while over > 0:  # names and shapes in the files' headers count too, and the last step may not fit
             params -= -(-over // self._itemsize)
-            if params < sum(planned.curve.params[0] for planned in plans if planned.curve):
+            if params < sum(planned.curve.sizes[0] for planned in plans if planned.curve):
                 self._refuse_bytes(plans)
             self._give(plans, params)
             params = sum(planned.params for planned in plans)
@@ -141,7 +141,7 @@ class Planner:
             plans = [planned for planned in self._plans if planned.form is not None]
             before = {planned.weight.name: planned.params for planned in plans}
             params = sum(planned.form.params for planned in plans if planned.form) - -(-over // self._itemsize)
-            if params < sum(planned.curve.params[0] for planned in plans if planned.curve):
+            if params < sum(planned.curve.sizes[0] for planned in plans if planned.curve):
                 self._refuse_bytes(plans)
             self._give(plans, params)
             self._for_all(
@@ -159,8 +159,8 @@ class Planner:
 
     def _give(self, plans: Sequence[PlannedWeight], params: int) -> None:
         curves = [planned.curve for planned in plans if planned.curve is not None]
-        for planned, curve, option in zip(plans, curves, allocate(curves, params), strict=True):
-            planned.params = curve.params[option]
+        for planned, curve, option in zip(plans, curves, allocate(curves, params, "parameters"), strict=True):
+            planned.params = curve.sizes[option]
 
     def _shapes(self, plans: Sequence[PlannedWeight]) -> Shapes:
         return {planned.weight.name: planned.expected_shape() for planned in plans if not planned.stays_dense}
@@ -188,17 +188,17 @@ class Planner:
             curves.append(Curve.of([(now, planned.form.loss), *more]))
         if not curves or left <= 0:
             return
-        given = allocate(curves, left + sum(curve.params[0] for curve in curves))
+        given = allocate(curves, left + sum(curve.sizes[0] for curve in curves), "parameters")
         while budget.max_bytes is not None and (over := self._bytes_with(plans, curves, given) - budget.max_bytes) > 0:
             # Wider bonds and later offsets may take more digits in the files' headers.
             left -= -(-over // self._largest_itemsize)
             if left <= 0:
                 return
-            given = allocate(curves, left + sum(curve.params[0] for curve in curves))
+            given = allocate(curves, left + sum(curve.sizes[0] for curve in curves), "parameters")
         wider = [planned for planned, option in zip(plans, given, strict=True) if option]
         for planned, curve, option in zip(plans, curves, given, strict=True):
             if option:
-                planned.params, planned.chain = curve.params[option], None
+                planned.params, planned.chain = curve.sizes[option], None
         self._for_all("widening", self._solve, wider)
 
     def _bytes_with(self, plans: Sequence[PlannedWeight], curves: Sequence[Curve], given: Sequence[int]) -> int:
@@ -206,7 +206,7 @@ class Planner:
         shapes = self._solved()
         for planned, curve, option in zip(plans, curves, given, strict=True):
             sites = svd(*planned.weight.shape).sites
-            shapes[planned.weight.name] = sites, bonds_within(sites, curve.params[option])
+            shapes[planned.weight.name] = sites, bonds_within(sites, curve.sizes[option])
         return self.exact_bytes(shapes)
 
     @property

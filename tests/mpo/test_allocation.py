@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mpocli.errors import UsageError
 from mpocli.mpo import MPO, SiteShape, site_shape
-from mpocli.mpo.budget import Curve, allocate
+from mpocli.mpo.allocation import Curve, allocate
 from mpocli.mpo.candidates import Candidate, all_of, bonds_within, papers, unbalanced
 from mpocli.mpo.fitting import FittingProblem, interpolated
 from mpocli.mpo.gram import regularised
@@ -22,14 +22,14 @@ POINTS = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 100)), min_size=1, 
 
 def total(curves: list[Curve], chosen: list[int]) -> tuple[int, float]:
     return (
-        sum(curve.params[option] for curve, option in zip(curves, chosen, strict=True)),
+        sum(curve.sizes[option] for curve, option in zip(curves, chosen, strict=True)),
         sum(curve.losses[option] for curve, option in zip(curves, chosen, strict=True)),
     )
 
 
 def best(curves: list[Curve], budget: int) -> float:
     """Of all choices within the budget."""
-    choices = product(*(range(len(curve.params)) for curve in curves))
+    choices = product(*(range(len(curve.sizes)) for curve in curves))
     return min(loss for size, loss in (total(curves, list(choice)) for choice in choices) if size <= budget)
 
 
@@ -37,8 +37,8 @@ def best(curves: list[Curve], budget: int) -> float:
 @given(st.lists(POINTS, min_size=1, max_size=3), st.integers(0, 30))
 def test_never_over_the_budget_and_optimal_where_it_is_spent_on_the_hull(lists, extra) -> None:
     curves = [Curve.of(points) for points in lists]
-    budget = sum(curve.params[0] for curve in curves) + extra
-    chosen = allocate(curves, budget)
+    budget = sum(curve.sizes[0] for curve in curves) + extra
+    chosen = allocate(curves, budget, "parameters")
     size, loss = total(curves, chosen)
     assert size <= budget
     # Lagrange: what was found is optimal for its own size if every option is a corner of its hull.
@@ -58,7 +58,7 @@ def test_never_over_the_budget_and_optimal_where_it_is_spent_on_the_hull(lists, 
         assert loss == pytest.approx(best(curves, size), abs=1e-9)
     # Nothing that would still fit is left lying.
     for curve, option in zip(curves, chosen, strict=True):
-        assert option + 1 == len(curve.params) or curve.params[option + 1] - curve.params[option] > budget - size
+        assert option + 1 == len(curve.sizes) or curve.sizes[option + 1] - curve.sizes[option] > budget - size
 
 
 def test_convex_curves_of_unit_steps_are_shared_optimally() -> None:
@@ -68,12 +68,12 @@ def test_convex_curves_of_unit_steps_are_shared_optimally() -> None:
         gains = torch.rand(6, generator=generator).sort(descending=True).values.cumsum(0)
         curves.append(Curve.of([(k, float(gains[-1] - gains[k])) for k in range(6)]))
     for budget in range(3, 16):
-        assert total(curves, allocate(curves, budget))[1] == pytest.approx(best(curves, budget))
+        assert total(curves, allocate(curves, budget, "bytes"))[1] == pytest.approx(best(curves, budget))
 
 
 def test_a_budget_below_the_smallest_forms_is_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match=r"budget of 5 .* has 7"):
-        allocate([Curve((3, 9), (2.0, 0.0)), Curve((4,), (1.0,))], 5)
+    with pytest.raises(UsageError, match=r"budget of 5 bytes: .* takes 7"):
+        allocate([Curve((3, 9), (2.0, 0.0)), Curve((4,), (1.0,))], 5, "bytes")
 
 
 def test_dominated_options_are_dropped() -> None:
