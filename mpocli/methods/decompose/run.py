@@ -15,8 +15,8 @@ from mpocli.io.encodings.known import Encodings
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
 from mpocli.io.totals import Totals
-from mpocli.methods.decompose.budget import decide
 from mpocli.methods.decompose.cores import Decomposer
+from mpocli.methods.decompose.decide import decide
 from mpocli.methods.decompose.plan import plan
 from mpocli.methods.decompose.report import ModuleReport, module_reports
 from mpocli.methods.inputs import paths_read
