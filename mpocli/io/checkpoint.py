@@ -19,6 +19,12 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, dtype.name) for code, dty
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def dtype_wanted(own: torch.dtype, wanted: str | None) -> torch.dtype:
+    """What a tensor is stored in, where all floating-point ones are to be in `wanted`."""
+    made: torch.dtype = getattr(torch, wanted) if wanted and own.is_floating_point else own
+    return made
+
+
 class CheckpointReader(StoredTensors[torch.dtype]):
     """The tensors of a model directory, and their data on `read`."""
 

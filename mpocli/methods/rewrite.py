@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpocli.hf.artifact import Checkpoint, write_surroundings
 from mpocli.hf.weight import Weight
-from mpocli.io.checkpoint import DTYPE_NAMES, CheckpointReader
+from mpocli.io.checkpoint import DTYPE_NAMES, CheckpointReader, dtype_wanted
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.manifest import Manifest
@@ -46,11 +46,6 @@ class Stored:
         """The same with another tensor in the place of one."""
         packed = {name: parts for name, parts in self.packed.items() if name != leaf}
         return replace(self, tensors=self.tensors | {leaf: tensor}, packed=packed)
-
-
-def stored_dtype(own: torch.dtype, wanted: str | None) -> torch.dtype:
-    """What a tensor is stored in, where all floating-point ones are to be in `wanted`."""
-    return getattr(torch, wanted) if wanted and own.is_floating_point else own
 
 
 def as_stored(reader: CheckpointReader, weight: Weight) -> Stored:
@@ -145,7 +140,7 @@ class Rewriting:
         """Add a tensor that stays what it is; returns its encoding by its entry's name, nothing for a dense one."""
         reader = self.checkpoint.reader
         is_parameter = key not in self.checkpoint.survey.other_keys
-        dtype = stored_dtype(reader.specs[key].dtype, self.dtype if is_parameter else None)
+        dtype = dtype_wanted(reader.specs[key].dtype, self.dtype if is_parameter else None)
         encoding = Dense(reader.specs[key].shape) if self.unpacks else reader.encoding(key)
         if self.reads:
             tensor, parts_kept = reader.read(key), None

@@ -11,13 +11,14 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.values import read_mpo
 from mpocli.hf.weight import Weight
+from mpocli.io.checkpoint import dtype_wanted
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.fit_store import ChosenForm
 from mpocli.methods.planner.rounded import RoundedForm
-from mpocli.methods.rewrite import Rewriting, Stored, stored_dtype
+from mpocli.methods.rewrite import Rewriting, Stored
 from mpocli.methods.site_choice import why_larger
 from mpocli.mpo import MPO, SiteShape, Truncation, compress, decompose, stored_error, symmetric_gauge
 from mpocli.mpo.linalg import cast, dtype_name
@@ -53,7 +54,7 @@ class Decomposer:
 
     def stored(self, weight: Weight) -> Stored | None:
         """The cores to store of one weight, None where it turns out larger than it was."""
-        plan, dtype = self.plans[weight.name], stored_dtype(weight.dtype, self.config.dtype)
+        plan, dtype = self.plans[weight.name], dtype_wanted(weight.dtype, self.config.dtype)
         if plan.format is not None and not self.reads:
             return plan.format.outline(weight, dtype)
         if isinstance(plan.form, RoundedForm):

@@ -11,6 +11,7 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.tasks import task_named
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_as_saved
+from mpocli.io.checkpoint import dtype_wanted
 from mpocli.methods.decompose.calibrated import calibrate, measured_sensitivities
 from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.plan import WeightPlan
@@ -20,7 +21,6 @@ from mpocli.methods.planner.compare import Compared, compare
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.planner import Planner, Shapes
 from mpocli.methods.planner.refit import refit
-from mpocli.methods.rewrite import stored_dtype
 from mpocli.mpo import SiteShape
 from mpocli.progress import Progress
 from mpocli.train.models import family_of
@@ -111,7 +111,7 @@ def in_bytes(checkpoint: Checkpoint, config: DecomposeConfig, plans: Sequence[We
     if budget.ratio_bytes is None:
         return budget
     chosen = [plan.weight for plan in plans if plan.sites is not None]
-    dense = sum(weight.dense_params * stored_dtype(weight.dtype, config.dtype).itemsize for weight in chosen)
+    dense = sum(weight.dense_params * dtype_wanted(weight.dtype, config.dtype).itemsize for weight in chosen)
     whole = size_of(checkpoint, config, [replace(plan, sites=None) for plan in plans])
     return replace(budget, ratio_bytes=None, max_bytes=whole - dense + int(budget.ratio_bytes * dense))
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpocli.hf.weight import Weight
-from mpocli.io.checkpoint import CheckpointReader
+from mpocli.io.checkpoint import CheckpointReader, dtype_wanted
 from mpocli.io.manifest import Manifest
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import WeightPlan
-from mpocli.methods.rewrite import stored_dtype
 from mpocli.mpo import chain_macs, choose_path, rebuild_macs
 
 
@@ -70,7 +69,7 @@ def _report(
     params = entry.spec.params if entry else weight.dense_params
     reason = "" if is_made else kept.get(weight.name, plan.reason)
     form = plan.form if is_made else None
-    stored = stored_dtype(weight.dtype, dtype)
+    stored = dtype_wanted(weight.dtype, dtype)
     cost = forward_cost(entry.spec) if entry else None
     error = entry.relative_error if entry else 0.0
     if is_made:
@@ -105,10 +104,10 @@ def _stored_bytes(weight: Weight, params: int, dtype: str | None, reader: Checkp
     leaves = list(weight.entry.spec.core_shapes()) if weight.entry else []
     keys = [weight.key_of(leaf) for leaf in leaves or ["weight"]] if weight.key else []
     if not any(key in reader.encoded for key in keys):
-        return params * stored_dtype(weight.dtype, dtype).itemsize
+        return params * dtype_wanted(weight.dtype, dtype).itemsize
     size = 0
     for key in keys:
-        own = stored_dtype(reader.specs[key].dtype, dtype)
+        own = dtype_wanted(reader.specs[key].dtype, dtype)
         parts = reader.encoding(key).converted(key, reader.parts(key), own)
         size += sum(part.nbytes for part in parts if key not in reader.encoded or part.name != key)
     return size
