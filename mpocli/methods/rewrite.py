@@ -29,7 +29,7 @@ class Stored:
     """What the files hold of one weight: `tensors` by their names below its module (`weight`, a core, a router's
     tensor), and the `encodings` of those that are not dense.
 
-    A leaf that is `packed` is stored by these parts: as it was in the files, or rounded already. Its tensor is what
+    A leaf of which there are `parts` is stored by them: as it was in the files, or rounded already. Its tensor is what
     they stand for.
 
     `entry` is the manifest's, `unmeasured` where its cores were changed, None for an ordinary matrix. Where a weight
@@ -40,12 +40,12 @@ class Stored:
     tensors: dict[str, Tensor]
     entry: ModuleEntry | None = None
     encodings: dict[str, Encoding] = field(default_factory=dict)
-    packed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    parts: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def with_tensor(self, leaf: str, tensor: Tensor) -> Stored:
         """The same with another tensor in the place of one."""
-        packed = {name: parts for name, parts in self.packed.items() if name != leaf}
-        return replace(self, tensors=self.tensors | {leaf: tensor}, packed=packed)
+        parts = {name: own for name, own in self.parts.items() if name != leaf}
+        return replace(self, tensors=self.tensors | {leaf: tensor}, parts=parts)
 
 
 def as_stored(reader: CheckpointReader, weight: Weight) -> Stored:
@@ -57,7 +57,7 @@ def as_stored(reader: CheckpointReader, weight: Weight) -> Stored:
         tensors={leaf: reader.read(key) for leaf, key in keys.items()},
         entry=weight.entry,
         encodings={leaf: reader.encoding(key) for leaf, key in encoded.items()},
-        packed={leaf: reader.read_parts(key) for leaf, key in encoded.items()},
+        parts={leaf: reader.read_parts(key) for leaf, key in encoded.items()},
     )
 
 
@@ -194,7 +194,7 @@ def _add(sink: Sink, weight: Weight, stored: Stored) -> dict[str, Encoding]:
     def add(leaf: str) -> None:
         key, tensor = weight.key_of(leaf), stored.tensors[leaf]
         encoding = stored.encodings.get(leaf)
-        _add_encoded(sink, key, tensor, encoding or Dense(tuple(tensor.shape)), stored.packed.get(leaf))
+        _add_encoded(sink, key, tensor, encoding or Dense(tuple(tensor.shape)), stored.parts.get(leaf))
         if encoding is not None:
             name = f"{weight.name}.{leaf}"
             encodings[name] = encoding.stored_as(name, key)
@@ -210,8 +210,8 @@ def _add(sink: Sink, weight: Weight, stored: Stored) -> dict[str, Encoding]:
 
 
 def _add_encoded(
-    sink: Sink, key: str, tensor: Tensor, encoding: Encoding, packed: tuple[Tensor, ...] | None = None
+    sink: Sink, key: str, tensor: Tensor, encoding: Encoding, parts: tuple[Tensor, ...] | None = None
 ) -> None:
-    parts = encoding.pack(tensor) if packed is None else packed
-    for part, stored in encoding.named(key, parts, tensor.new_zeros(1)).items():
+    packed = encoding.pack(tensor) if parts is None else parts
+    for part, stored in encoding.named(key, packed, tensor.new_zeros(1)).items():
         sink.add(part, stored)

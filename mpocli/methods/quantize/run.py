@@ -131,7 +131,7 @@ class _Rounder:
 
     def stored(self, weight: Weight) -> Stored:
         target, before = self.targets[weight.name], as_stored(self.reader, weight)
-        tensors, packed = dict(before.tensors), dict(before.packed)
+        tensors, stored = dict(before.tensors), dict(before.parts)
         for leaf in tensors:
             tensors[leaf] = self.known.became.get(f"{weight.name}.{leaf}", tensors[leaf])
         for leaf, encoding in target.encodings.items():
@@ -139,8 +139,8 @@ class _Rounder:
             parts = self.known.parts.pop(name, None) or parts_of(
                 encoding, tensor, weight.key_of(leaf), searches=self.searches
             )
-            packed[leaf] = tuple(part.cpu() for part in parts)
-            tensors[leaf] = encoding.unpack(*packed[leaf])
+            stored[leaf] = tuple(part.cpu() for part in parts)
+            tensors[leaf] = encoding.unpack(*stored[leaf])
             self.entries[name] = tensor.numel()
             self.stored_bytes[name] = encoding.nbytes(0, 0)
         self.made.append(
@@ -157,7 +157,7 @@ class _Rounder:
             )
         )
         entry = weight.entry.unmeasured() if weight.entry else None
-        return Stored(tensors, entry, before.encodings | dict(target.encodings), packed)
+        return Stored(tensors, entry, before.encodings | dict(target.encodings), stored)
 
 
 def _error(weight: Weight, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
@@ -175,5 +175,5 @@ def _square(tensor: Tensor) -> float:
 
 
 def _nbytes(stored: Stored, leaf: str) -> int:
-    parts = stored.packed.get(leaf) or (stored.tensors[leaf],)
+    parts = stored.parts.get(leaf) or (stored.tensors[leaf],)
     return sum(part.numel() * part.element_size() for part in parts)
