@@ -69,12 +69,12 @@ class Quantised(RoundedEncoding):
         return (matrix.T if self.transposed else matrix).reshape(self.shape).contiguous()
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Rounded to the grids of least squared error. What was rounded already has its parts (`packed`)."""
+        """Rounded to the grids of least squared error. What was rounded already has its parts (`parts_of`)."""
         from mpocli.quant.grid import searched
 
-        return self.packed(searched(self.matrix(tensor), self.grid))
+        return self.parts_of(searched(self.matrix(tensor), self.grid))
 
-    def packed(self, rounded: Rounded) -> tuple[Tensor, ...]:
+    def parts_of(self, rounded: Rounded) -> tuple[Tensor, ...]:
         """The parts of a matrix that is on its grids."""
         from mpocli.quant.codes import pack_codes
 

@@ -59,11 +59,11 @@ class QuantisedBitmask(RoundedEncoding):
         return Quantised(self.shape, self.bits, self.group, self.offsets, self.transposed, self.dtype)
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Rounded to the grids of least squared error. What was rounded already has its parts (`packed`)."""
+        """Rounded to the grids of least squared error. What was rounded already has its parts (`parts_of`)."""
         from mpocli.quant.kept import round_kept
 
         matrix, mask = self.entries(tensor)
-        return self.packed(mask, round_kept(matrix, mask, self.whole.grid))
+        return self.parts_of(mask, round_kept(matrix, mask, self.whole.grid))
 
     def entries(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix that a tensor is seen as, and what is kept of it: all that is no zero to the bit."""
@@ -72,7 +72,7 @@ class QuantisedBitmask(RoundedEncoding):
         matrix = self.whole.matrix(tensor.detach())
         return matrix, is_kept(matrix)
 
-    def packed(self, mask: Tensor, rounded: Rounded) -> tuple[Tensor, ...]:
+    def parts_of(self, mask: Tensor, rounded: Rounded) -> tuple[Tensor, ...]:
         """The parts of kept entries that are on their grids."""
         from mpocli.quant.codes import pack_codes
         from mpocli.sparse.bits import pack_bits

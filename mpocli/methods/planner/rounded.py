@@ -167,7 +167,7 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
         (grid,) = chosen.grids
         assert grid is not None
         rounded = round_matrix(problem.wide, fits.moved(norm.input_gram), grid)
-        for k, part in enumerate(encodings["weight"].packed(rounded)):
+        for k, part in enumerate(encodings["weight"].parts_of(rounded)):
             held[f"weight.{k}"] = part
         values = rounded.values(problem.wide.dtype)
     else:
@@ -176,7 +176,7 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
         rounded_cores = iter(chain.rounded)
         for leaf, core in zip(chosen.shapes(weight), chain.mpo.cores, strict=True):
             if leaf in encodings:
-                for k, part in enumerate(encodings[leaf].packed(next(rounded_cores))):
+                for k, part in enumerate(encodings[leaf].parts_of(next(rounded_cores))):
                     held[f"{leaf}.{k}"] = part
             else:
                 held[leaf] = cast(core, dtype, f"{weight.name}.{leaf}")

@@ -39,8 +39,8 @@ def parts_of(encoding: OnGrids, tensor: Tensor, name: str, *, searches: bool) ->
     try:
         if isinstance(encoding, QuantisedBitmask):
             matrix, mask = encoding.entries(tensor)
-            return encoding.packed(mask, round_kept(matrix, mask, encoding.whole.grid, searches=searches))
-        return encoding.packed((searched if searches else nearest)(encoding.matrix(tensor), encoding.grid))
+            return encoding.parts_of(mask, round_kept(matrix, mask, encoding.whole.grid, searches=searches))
+        return encoding.parts_of((searched if searches else nearest)(encoding.matrix(tensor), encoding.grid))
     except NumericsError as error:
         raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
 
@@ -126,7 +126,7 @@ def _layer(module: nn.Module, target: Target, gram: Tensor, known: Known) -> Non
         parameter = module.get_parameter("weight")
         rounded = round_matrix(encoding.matrix(parameter), gram, encoding.grid)
         parameter.copy_(encoding.tensor(rounded.values()))
-        known.parts[f"{weight.name}.weight"] = encoding.packed(rounded)
+        known.parts[f"{weight.name}.weight"] = encoding.parts_of(rounded)
         return
     center = weight.entry.center if weight.entry else None
     cores = MPO(tuple(core.detach() for core in module.cores), weight.shape, center)
@@ -137,7 +137,7 @@ def _layer(module: nn.Module, target: Target, gram: Tensor, known: Known) -> Non
     for k, (parameter, core, one) in enumerate(zip(module.cores, chain.mpo.cores, by_core, strict=True)):
         name = f"{weight.name}.core_{k}"
         if isinstance(one, Quantised):
-            known.parts[name] = one.packed(next(parts))
+            known.parts[name] = one.parts_of(next(parts))
         elif not torch.equal(core.to(parameter), parameter):
             known.became[name] = core.to(parameter).cpu()
         parameter.copy_(core)
