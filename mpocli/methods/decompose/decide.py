@@ -16,7 +16,7 @@ from mpocli.methods.decompose.calibrated import calibrate, measured_sensitivitie
 from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.plan import WeightPlan
 from mpocli.methods.device import device_of
-from mpocli.methods.planner.bytes_planner import BytesPlanner, Formats
+from mpocli.methods.planner.bits_planner import BitsPlanner, Formats
 from mpocli.methods.planner.compare import Compared, compare
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
 from mpocli.methods.planner.planner import Planner, Shapes
@@ -92,7 +92,7 @@ def _with_bits(
         made = [replace(plan, sites=None, format=formats.get(plan.weight.name)) for plan in plans]
         return size_of(checkpoint, config, made)
 
-    planner = BytesPlanner(fits, fits.budget.bits, fits.budget.max_bytes, exact_bytes, progress)
+    planner = BitsPlanner(fits, fits.budget.bits, fits.budget.max_bytes, exact_bytes, progress)
     found = planner.plan([plan.weight for plan in plans if plan.sites is not None])
     decided = []
     for plan in plans:

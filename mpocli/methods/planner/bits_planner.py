@@ -22,7 +22,7 @@ _ROUNDS = 8
 
 
 @dataclass
-class BytesPlanner:
+class BitsPlanner:
     """Makes a plan for chosen weights within `limit` bytes of weight files.
 
     `exact_bytes` gives the size of the output's weight files when weights have these formats and others stay wide.
