@@ -21,7 +21,7 @@ import transformers as tf
 from mpocli.config.scoring import Scoring
 from mpocli.nn.masked import MaskedWeight
 from mpocli.sparse import Pattern
-from mpocli.train.sparse.masks import Place, put_masks
+from mpocli.train.sparse.masks import MaskTarget, put_masks
 
 BATCH, LENGTH, SPARSITY = 32, 128, 0.9
 
@@ -51,7 +51,7 @@ def main() -> None:
     sparse = copy.deepcopy(dense)
     linear = [n for n, m in sparse.named_modules() if ".encoder." in n and isinstance(m, torch.nn.Linear)]
     sparse.requires_grad_(False)
-    places = [Place(name, "weight", "matrix") for name in linear]
+    places = [MaskTarget(name, "weight", "matrix") for name in linear]
     masked = put_masks(sparse, places, Scoring(), Pattern(), together=False, seed=0)
     timed = Timed()
     MaskedWeight._compute = lambda self, weight: timed(self, weight)  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from cli.shell import WEIGHTS, Cli, Outcome, refused, succeeded, tree
 from mpocli.config.scoring import Scoring
 from mpocli.methods.training import fit as fitting
 from mpocli.sparse import Pattern
-from mpocli.train.sparse.masks import Place, put_masks
+from mpocli.train.sparse.masks import MaskTarget, put_masks
 
 Sparsify = Callable[..., dict[str, Any]]
 LAYER = "bert.encoder.layer.0"
@@ -301,7 +301,7 @@ def test_one_threshold_for_all_and_n_of_m_hold_in_training_too(
 def test_a_constant_in_the_scores_of_one_matrix_moves_no_global_mask_and_an_unseen_step_all() -> None:
     """R + c, C − c and a constant cannot be told from the threshold. Fused optimisers change tensors unnoticed."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in "ab"})
-    places = [Place(name, "weight", "matrix") for name in "ab"]
+    places = [MaskTarget(name, "weight", "matrix") for name in "ab"]
     masked = put_masks(model, places, Scoring(), Pattern(), together=True, seed=0)
 
     def kept(sparsity: float) -> list[bool]:

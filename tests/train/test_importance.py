@@ -12,7 +12,7 @@ import transformers as tf
 from mpocli.config.optimisation import Optimisation
 from mpocli.train.data.collate import collate
 from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
-from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.schedule import Schedule, SegmentPlace
 from mpocli.train.loop.segment import train_segment
 from mpocli.train.loop.trainer import SegmentTrainer
 
@@ -76,7 +76,7 @@ def test_gradient_scores_add_up_inner_products_of_the_steps_that_are_taken(
         *(model, rows, lambda batch: collate(batch, 0), chosen, Schedule(100, 0), 2, tmp_path),
         device=torch.device("cpu"),
         callbacks=[counted, Watch()],
-        place=Place(0, 0),
+        place=SegmentPlace(0, 0),
         checkpoints=False,
     )
     order = list(trainer.sampler)

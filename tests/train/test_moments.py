@@ -17,7 +17,7 @@ from mpocli.mpo import cut_bond
 from mpocli.train.data.collate import collate
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
 from mpocli.train.loop.sampler import ByLength, Stretch
-from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.schedule import Schedule, SegmentPlace
 from mpocli.train.loop.segment import train_segment
 from mpocli.train.loop.trainer import SegmentTrainer
 from mpocli.train.loop.updates import set_update
@@ -46,7 +46,7 @@ def features() -> list[dict[str, object]]:
 
 def segment(model: Any, directory: Path, number: int, steps: int, **more: Any) -> SegmentTrainer:
     chosen = Optimisation(lr=RATE, batch_size=4, log_steps=1, clip=1e9)
-    place = Place(number, (number - 1) * steps)
+    place = SegmentPlace(number, (number - 1) * steps)
     return SegmentTrainer(
         *(model, features(), lambda batch: collate(batch, 0), chosen, Schedule(100, 0), steps, directory),
         device=torch.device("cpu"),

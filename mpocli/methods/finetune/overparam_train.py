@@ -36,7 +36,7 @@ from mpocli.train.importance import GradientScores, mean_loss, zeroed_losses
 from mpocli.train.loop.distill import Distillation
 from mpocli.train.loop.optimizer_state import Moments, expand_moments, take_moments
 from mpocli.train.loop.processes import on_first
-from mpocli.train.loop.schedule import Place
+from mpocli.train.loop.schedule import SegmentPlace
 from mpocli.train.models import vocabulary_of
 
 _SEGMENT, _SCORING = "segment", "scoring"
@@ -139,7 +139,7 @@ def _train_segment(
         segment=f"{_SEGMENT}-{chain.number}",
         callbacks=[counted],
         distillation=distillation,
-        place=Place(chain.number, chain.step),
+        place=SegmentPlace(chain.number, chain.step),
         moments=chain.moments,
         # A segment that scores is short; after a kill it is trained again from its beginning.
         checkpoints=not left,

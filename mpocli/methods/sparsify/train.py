@@ -27,7 +27,7 @@ from mpocli.nn import MPOModule
 from mpocli.nn.masked import MaskedWeight
 from mpocli.nn.packed import is_packed
 from mpocli.train.loop.metrics_file import METRICS
-from mpocli.train.sparse.masks import Place, SparsitySteps, fold_masks, put_masks, train_only
+from mpocli.train.sparse.masks import MaskTarget, SparsitySteps, fold_masks, put_masks, train_only
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run(training: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]
     return replace(trained, tensors=tensors), written
 
 
-def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -> tuple[Trained, list[Place]]:
+def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -> tuple[Trained, list[MaskTarget]]:
     """Train with masks whose sparsity follows the schedule, and make the masked weights the weights."""
     student, optimisation = run.student, config.optimisation
     teacher = distillation_of(config.distillation, run.data, run.checkpoint, trust_remote_code=config.trust_remote_code)
@@ -93,10 +93,10 @@ def train(run: TrainingRun, config: SparsifyConfig, targets: Sequence[Target]) -
     return Trained(before, trainable, dense + sum(target.numel for target in targets)), places
 
 
-def _place(model: Any, target: Target, encodings: Mapping[str, Encoding]) -> Place:
+def _place(model: Any, target: Target, encodings: Mapping[str, Encoding]) -> MaskTarget:
     module = local_name(model, target.module) or target.module
     before = encodings.get(f"{module}.{target.leaf}")
-    return Place(module, target.leaf, target.layout, is_sparse=before is not None and before.holds_zeros)
+    return MaskTarget(module, target.leaf, target.layout, is_sparse=before is not None and before.holds_zeros)
 
 
 def _kinds(model: Any, masked: dict[str, MaskedWeight], *, is_classifier: bool) -> dict[str, str]:

@@ -30,7 +30,7 @@ from mpocli.progress import Progress
 from mpocli.train.importance import mean_loss
 from mpocli.train.loop.optimizer_state import cut_moments, take_moments
 from mpocli.train.loop.processes import on_first
-from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.schedule import Schedule, SegmentPlace
 
 # Batches of training data on which `--order sensitivity` measures the loss.
 SENSITIVITY_BATCHES = 2
@@ -193,7 +193,7 @@ class Squeezer:
             schedule,
             segment=f"{_SEGMENT}-{number}",
             is_logged=False,
-            place=Place(number, (number - 1) * steps),
+            place=SegmentPlace(number, (number - 1) * steps),
             moments=state.moments,
             checkpoints=steps > (config.optimisation.save_steps or _LONG_ROUND),
         )

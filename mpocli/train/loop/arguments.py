@@ -9,14 +9,20 @@ import torch
 from transformers import TrainingArguments
 
 from mpocli.config.optimisation import Optimisation
-from mpocli.train.loop.schedule import Place
+from mpocli.train.loop.schedule import SegmentPlace
 
 # A checkpoint costs about as much as three steps: no more often than this, if nobody says so.
 _LEAST_SAVE_STEPS = 100
 
 
 def training_arguments(
-    chosen: Optimisation, steps: int, directory: Path, device: torch.device, place: Place | None, *, checkpoints: bool
+    chosen: Optimisation,
+    steps: int,
+    directory: Path,
+    device: torch.device,
+    place: SegmentPlace | None,
+    *,
+    checkpoints: bool,
 ) -> TrainingArguments:
     """The arguments of a segment of so many `steps`, written to `directory`; `place` where it is one of many."""
     arguments = TrainingArguments(

@@ -26,7 +26,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Place:
+class SegmentPlace:
     """The place of a segment of known length in a chain of segments.
 
     `number` seeds dropout and masks; the examples of the `first_step` steps before it are not seen again.

@@ -25,7 +25,7 @@ from mpocli.train.loop.distill import Distillation
 from mpocli.train.loop.interrupt import CheckpointOnInterrupt
 from mpocli.train.loop.optimizer_state import Moments, put_moments
 from mpocli.train.loop.sampler import ByLength, Epochs, Stretch
-from mpocli.train.loop.schedule import Place, Schedule
+from mpocli.train.loop.schedule import Schedule, SegmentPlace
 from mpocli.train.loop.updates import parameter_groups
 from mpocli.train.loop.use_cache import use_cache_as_before
 
@@ -53,7 +53,7 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[TrainerCallback] = (),
         distillation: Distillation | None = None,
         next_token: bool = False,
-        place: Place | None = None,
+        place: SegmentPlace | None = None,
         moments: Moments | None = None,
         checkpoints: bool = True,
         raw: bool = False,

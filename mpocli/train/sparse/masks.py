@@ -17,7 +17,7 @@ from mpocli.sparse import CubicSchedule, Pattern
 
 
 @dataclass(frozen=True)
-class Place:
+class MaskTarget:
     """A tensor that gets a mask: module, its leaf, how it is read as a matrix, and whether it is sparse already."""
 
     module: str
@@ -31,7 +31,7 @@ class Place:
 
 
 def put_masks(
-    model: nn.Module, places: Sequence[Place], scoring: Scoring, pattern: Pattern, *, together: bool, seed: int
+    model: nn.Module, places: Sequence[MaskTarget], scoring: Scoring, pattern: Pattern, *, together: bool, seed: int
 ) -> dict[str, MaskedWeight]:
     """Mask every place, under one threshold for all where `together`; returns the masks by the tensors' names.
 
@@ -59,7 +59,7 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def fold_masks(model: nn.Module, places: Sequence[Place]) -> None:
+def fold_masks(model: nn.Module, places: Sequence[MaskTarget]) -> None:
     """Make all masked weights the weights themselves.
 
     All are computed before the first is folded: under one threshold a mask depends on the weights of the others.
