@@ -32,6 +32,11 @@ def bits(size: int, entries: int) -> str:
     return f"{8 * size / entries:.2f}" if entries else ""
 
 
+def widened(count: int) -> str:
+    """What became of tensors in few bits that a command changed."""
+    return f"{count} tensors in few bits were read for the values they stand for: what they became is wide"
+
+
 def ratio(after: int, before: int) -> str:
     return f"{after / before:.3f}" if before else ""
 

@@ -163,6 +163,7 @@ def test_rounding_pruning_and_rounding_again_is_one_chain(gpt2: Path, few: Run, 
     made = succeeded(
         cli("sparsify", "few", "--method", "magnitude", "--sparsity", "0.7", "--json", "-o", "sparse")
     ).json
+    assert made["widened"] == 8
     assert made["totals"]["bytes"] == pytest.approx(made["bytes_expected"], abs=3000)
     report = few(work / "sparse", "out", "--bits", 4)
     assert {weight["role"] for weight in report["weights"]} == {"attention", "ffn"}
@@ -231,7 +232,8 @@ def test_a_sparse_core_beside_wide_ones_keeps_its_zeros(text: Path, few: Run, cl
 
 def test_experts_around_a_core_in_few_bits_share_its_codes(bert_mpo: Path, few: Run, cli: Cli, work: Path) -> None:
     few(bert_mpo, "few")
-    succeeded(cli("expand-moe", "few", "--experts", 2, "-o", "moe"))
+    told = succeeded(cli("expand-moe", "few", "--experts", 2, "-o", "moe")).err
+    assert f"{4 * 4} tensors in few bits were read for the values they stand for" in told  # all cores but the centres
     before, after = (_stored(work / name) for name in ("few", "moe"))
     shared = [n for n in after if "intermediate" in n and n.endswith("core_2_codes")]
     assert shared and all(torch.equal(before[name], after[name]) for name in shared)
@@ -333,3 +335,13 @@ def test_a_cut_codes_tensor_is_one_line_whoever_reads_it(bert: Path, few: Run, c
     with pytest.raises(InputError, match="for 48 codes of 4 bits: 24 bytes were expected"):
         tf.BertForSequenceClassification.from_pretrained(work / "few")
     assert WEIGHTS in {path.name for path in (work / "few").iterdir()}
+
+
+def test_verify_finds_a_scale_that_is_no_number_without_a_manifest_too(
+    bert: Path, few: Run, cli: Cli, work: Path
+) -> None:
+    few(bert, "few", "--layers", "pooler")
+    (work / "few" / "mpo.json").unlink()
+    assert "no mismatch" in succeeded(cli("inspect", "few", "--verify")).out
+    rewrite(work / "few", lambda tensors: tensors["bert.pooler.dense.weight_scales"].view(-1)[:1].fill_(float("inf")))
+    assert "pooler.dense.weight.scales: not finite" in cli("inspect", "few", "--verify").err

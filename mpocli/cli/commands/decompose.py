@@ -143,8 +143,7 @@ def show(report: DecomposeReport) -> None:
     if report.filled:
         console.err.print(f"{report.filled} sparse matrices became MPOs: their zeros are gone", style="yellow")
     if report.widened:
-        line = f"{report.widened} tensors in few bits were read for the values they stand for: what they became is wide"
-        console.err.print(line, style="yellow")
+        console.err.print(wording.widened(report.widened), style="yellow")
     if report.compared:
         _show_compared(report.compared)
     _say(report)

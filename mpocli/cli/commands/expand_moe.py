@@ -86,4 +86,6 @@ def _show(report: ExpandReport) -> None:
     console.out.print(f"{networks}, routers with {report.router_params:,} parameters")
     for line in wording.notes(report.kept):
         console.out.print(line, style="dim")
+    if report.widened:
+        console.err.print(wording.widened(report.widened), style="yellow")
     console.err.print(f"written to {report.out} in {report.seconds:.1f} s")

@@ -95,6 +95,8 @@ def _show(report: SparsifyReport) -> None:
     for split, cut in (report.truncated or {}).items():
         if cut:
             console.err.print(f"{split}: {cut:,} examples were cut to --max-length", style="yellow")
+    if report.widened:
+        console.err.print(wording.widened(report.widened), style="yellow")
     if report.resumed_from:
         console.err.print(f"resumed from step {report.resumed_from:,}")
     console.err.print(f"written to {report.out} in {report.seconds:.0f} s")

@@ -75,6 +75,14 @@ def encoded(stored: Iterable[str]) -> dict[str, type[Encoding]]:
     return dict(sorted(found.items()))
 
 
+def widened(before: Encodings, after: Encodings) -> int:
+    """Tensors that were in few bits and are not any more, by their entries."""
+    return sum(
+        encoding.code_bits is not None and (name not in after or after[name].code_bits is None)
+        for name, encoding in before.items()
+    )
+
+
 def encoding_of(encodings: Encodings, stored: str) -> str | None:
     """The entry of a tensor in the files, by its key, its name, or a shorter or longer path; None for none."""
     by_key = [name for name, encoding in encodings.items() if encoding.key == stored]

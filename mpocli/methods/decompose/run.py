@@ -11,7 +11,7 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.apart import check_apart
 from mpocli.io.claim import writes_output
-from mpocli.io.encodings.known import Encodings
+from mpocli.io.encodings.known import Encodings, widened
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.scratch import scratch_directory
 from mpocli.io.totals import Totals
@@ -86,7 +86,7 @@ def run(
         before=checkpoint.totals(),
         modules=module_reports(plans, manifest, worker.kept, config.dtype, checkpoint.reader),
         filled=_with_zeros(checkpoint.encodings) - _with_zeros(manifest.encodings),
-        widened=len(_in_few_bits(checkpoint.encodings) - _in_few_bits(manifest.encodings)),
+        widened=widened(checkpoint.encodings, manifest.encodings),
         base_model={} if dry_run else checkpoint.base_model(),
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
@@ -96,7 +96,3 @@ def run(
 
 def _with_zeros(encodings: Encodings) -> int:
     return sum(encoding.holds_zeros for encoding in encodings.values())
-
-
-def _in_few_bits(encodings: Encodings) -> set[str]:
-    return {name for name, encoding in encodings.items() if encoding.code_bits is not None}

@@ -53,6 +53,7 @@ class ExpandReport:
     before: Totals
     router_params: int
     dense_experts_params: int
+    widened: int = 0  # tensors in few bits that became, or belong to, experts' own
 
 
 def experts_report(weight: Weight, entry: ModuleEntry) -> ExpertsReport:

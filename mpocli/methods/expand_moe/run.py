@@ -23,6 +23,7 @@ from mpocli.hf.values import read_mpo
 from mpocli.hf.weight import Weight
 from mpocli.io.claim import writes_output
 from mpocli.io.encodings.base import Encoding
+from mpocli.io.encodings.known import widened
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.io.output import check_output, output_directory
@@ -91,6 +92,7 @@ def run(
         before=before,
         router_params=router_params,
         dense_experts_params=totals.params + dense,  # which are routed too
+        widened=widened(checkpoint.encodings, manifest.encodings),
     )
 
 

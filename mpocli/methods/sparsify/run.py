@@ -13,6 +13,7 @@ from mpocli.errors import UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_tokenizer
 from mpocli.io.claim import writes_output
+from mpocli.io.encodings.known import widened
 from mpocli.io.output import check_output, output_directory
 from mpocli.io.totals import Totals
 from mpocli.methods.data.scoring import evaluate
@@ -69,6 +70,7 @@ class SparsifyReport:
     warnings: tuple[str, ...] = ()
     architecture: str = "AutoModel"
     is_writer: bool = True
+    widened: int = 0  # tensors in few bits of which the values are stored now
 
 
 @writes_output
@@ -188,6 +190,7 @@ def _report(
     # What is pruned again may have been packed already.
     held = {name: sum(part.nbytes for part in reader.parts(key)) for key, name in reader.encoded.items()}
     freed = sum(held.get(t.name, t.dense_bytes) for t in tensors)
+    made = Checkpoint.open(out, trust_remote_code=config.trust_remote_code) if Path(out).is_dir() else checkpoint
     return SparsifyReport(
         out=out,
         seconds=0.0,
@@ -207,9 +210,8 @@ def _report(
         metrics={},
         metrics_before={},
         test_metrics={},
-        architecture=Checkpoint.open(out, trust_remote_code=config.trust_remote_code).architecture
-        if Path(out).is_dir()
-        else checkpoint.architecture,
+        architecture=made.architecture,
+        widened=widened(checkpoint.encodings, made.encodings),
     )
 
 
