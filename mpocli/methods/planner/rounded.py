@@ -32,7 +32,7 @@ _MATRIX = {
     3: tuple(Grid(3, group, offsets) for group in _GROUPS for offsets in (False, True)),
     2: tuple(Grid(2, group, offsets) for group in _GROUPS for offsets in (True, False)),
 }
-_ROWS = 256
+_ROWS = 64
 # Of two factors; few bits more would be better spent on a wider bond.
 _FACTOR = {8: Grid(8, 64), 4: Grid(4, 64), 3: Grid(3, 64)}
 # Ranks, as parts of the full one, at which the rounding of factors is measured, and how many are offered.
