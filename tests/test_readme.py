@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 
 from mpocli.cli.app import main
 
@@ -211,6 +212,27 @@ def test_the_moe_recipe_runs_from_end_to_end(
     assert [code for code, _, _ in printed] == [0] * 7, printed
     sizes = {name: (shop / "moe" / name / "model.safetensors").stat().st_size for name in ("experts", "dense-experts")}
     assert sizes["experts"] < sizes["dense-experts"]
+
+
+def test_the_quantize_recipe_runs_from_end_to_end(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is healed has the codes of the plan, and its files the bytes."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("LENGTH", "16")
+    monkeypatch.setenv("MOST", "1e9")
+    (shop / "train.txt").write_text(" ".join(WORDS * 60))
+    arguments = ["gpt2", "train.txt", "wiki.valid.txt", "12%", "few", "--steps", "3", "--lr", "1e-3"]
+    printed = [
+        mpocli([*words, *(["--samples", "12"] if "--ratio-bytes" in words else [])], capsys)
+        for words in recipe("quantize.sh", arguments, shop)
+    ]
+    assert [code for code, _, _ in printed] == [0] * 5, printed
+    assert "no mismatch" in printed[2][1]
+    planned, healed = (load_file(shop / "few" / name / "model.safetensors") for name in ("planned", "healed"))
+    codes = [name for name in planned if name.endswith("_codes")]
+    assert codes and all(torch.equal(planned[name], healed[name]) for name in codes)
+    assert any(not torch.equal(planned[name], healed[name]) for name in planned)
 
 
 def test_the_plan_recipe_runs_from_end_to_end(
