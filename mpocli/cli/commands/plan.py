@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from mpocli.cli import options
-from mpocli.cli.commands import decompose as decompose_
 from mpocli.config.common import Json, Model
 from mpocli.config.decompose import TRUNCATION, DecomposeConfig
 from mpocli.config.option import group
@@ -54,7 +53,7 @@ def command(
 
 def show(report: DecomposeReport) -> None:
     """A line for every matrix that was selected, and what that makes of the model."""
-    from mpocli.cli import tables, wording
+    from mpocli.cli import decomposed, tables, wording
 
     columns = ("<form", "parameters", "ratio", "error", "output", "MACs", "forward", "<bonds")
     rows = []
@@ -76,4 +75,4 @@ def show(report: DecomposeReport) -> None:
         )
         rows.append((module.name, module.role, cells))
     tables.matrices(columns, rows)
-    decompose_.show(report)
+    decomposed.show(report)
