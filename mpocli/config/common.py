@@ -11,11 +11,14 @@ from mpocli.config.option import Option
 from mpocli.config.page import DANGER
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+# Where a verb takes all matrices but those of heads over the vocabulary.
+DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
 
 Model = Annotated[str, Option("model", "Model directory, or a hub model such as bert-base-uncased.", "MODEL")]
 Out = Annotated[Path | None, Option("--out", "Output directory.", "DIR", short="-o"), ALWAYS]
 Json = Annotated[bool, Option("--json", "Print one JSON object on stdout instead of tables."), ALWAYS]
 Overwrite = Annotated[bool, Option("--overwrite", "Replace the output directory if it exists."), ALWAYS]
+DryRun = Annotated[bool, Option("--dry-run", "Print exact sizes, write nothing."), ALWAYS]
 Resume = Annotated[bool, Option("--resume", "Go on with an interrupted run."), ALWAYS]
 StoredDType = Annotated[
     DType | None,

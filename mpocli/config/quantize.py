@@ -16,7 +16,6 @@ from mpocli.config.page import ROUNDED
 from mpocli.errors import UsageError
 from mpocli.quant.sizes import BITS
 
-DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
 _LOOKED_AT = needs("--calibrate", why="there is nothing to look at")
 
 

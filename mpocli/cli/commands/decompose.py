@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from mpocli.cli import options
-from mpocli.config.common import Json, Model, Out, Overwrite
+from mpocli.config.common import DryRun, Json, Model, Out, Overwrite
 from mpocli.config.decompose import DecomposeConfig
-from mpocli.config.modes import ALWAYS
-from mpocli.config.option import Option
 
 if TYPE_CHECKING:
     from mpocli.methods.decompose.run import DecomposeReport
@@ -21,7 +19,7 @@ def command(
     *,
     out: Out = None,
     config: DecomposeConfig,
-    dry_run: Annotated[bool, Option("--dry-run", "Print exact sizes, write nothing."), ALWAYS] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from mpocli.config.common import DEFAULT_ROLES
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.of_model import check_model
 from mpocli.errors import InputError
@@ -18,7 +19,6 @@ from mpocli.methods.planner.rounded import RoundedForm
 from mpocli.methods.site_choice import sites_of, why_larger
 from mpocli.mpo import SiteShape, Truncation
 
-DEFAULT_ROLES = ("embedding", "attention", "ffn", "pooler")
 MPO_ALREADY = "is an MPO already"
 
 

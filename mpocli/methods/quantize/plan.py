@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpocli.config.common import DEFAULT_ROLES
 from mpocli.config.of_model import check_model
-from mpocli.config.quantize import DEFAULT_ROLES, QuantizeConfig
+from mpocli.config.quantize import QuantizeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.matrices import select
