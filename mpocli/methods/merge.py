@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mpocli.config.merge import MergeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.values import dense_experts, dense_tensor
@@ -39,24 +40,20 @@ class MergeReport:
 @writes_output
 def run(
     model: str,
+    config: MergeConfig,
     out: Path,
     *,
-    dtype: str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write an ordinary transformers checkpoint: every matrix rebuilt in float64, then cast to its cores' dtype.
 
     Sparse weights keep their zeros; those of a sparse core vanish in the contraction. What is in few bits becomes the
-    values that it stands for. Experts become dense ones, which
-    no stock class has: that output still needs the plug-in. Raises `InputError` for a checkpoint that is ordinary
-    already or cannot be read.
+    values that it stands for. Experts become dense ones, which no stock class has: that output still needs the plug-in.
+    Raises `InputError` for a checkpoint that is ordinary already or cannot be read.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if not checkpoint.is_mpo and not checkpoint.encodings:
         raise InputError(
             f"{model}: has no MPOs to merge, and nothing sparse or in few bits",
@@ -67,6 +64,8 @@ def run(
     if mpos and all(weight.entry and weight.entry.spec.share == "dense" for weight in mpos):
         raise InputError(f"{model}: has dense experts, for which there is no stock class", hint="load it as it is")
 
+    dtype = config.dtype
+
     def merged(weight: Weight) -> Stored:
         assert weight.key is not None and weight.entry is not None
         is_experts = bool(weight.entry.spec.experts)
@@ -76,7 +75,7 @@ def run(
 
     rewriting = Rewriting(checkpoint, mpos, merged, dtype, checks=True, unpacks=True, progress=progress)
     with output_directory(out) as work:
-        _, totals = rewriting.write(work, "merge", {"dtype": dtype}, 0, max_shard_bytes)
+        _, totals = rewriting.write(work, "merge", config.recorded(), 0, config.max_shard_bytes)
     return MergeReport(
         out=str(out),
         seconds=time.perf_counter() - started,

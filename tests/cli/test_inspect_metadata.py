@@ -18,6 +18,7 @@ import transformers as tf
 from cli.shell import WEIGHTS, Cli, Outcome, edited, rewrite, succeeded
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.hf.artifact import Checkpoint, write_trained
@@ -97,7 +98,7 @@ def made(bert: Path, bert_mpo: Path, gpt2: Path, t5: Path, masked_lm: Path, tmp_
     sparsify.run(str(home / "experts"), pruning, home / "sparse-experts")
     quantize.run(str(home / "tied"), QuantizeConfig(), home / "few-bits")
     quantize.run(str(home / "sparse"), QuantizeConfig(bits=3, group=0), home / "sparse-few-bits")
-    merge.run(str(bert_mpo), home / "merged")
+    merge.run(str(bert_mpo), MergeConfig(), home / "merged")
     (home / "trained").mkdir()
     loaded = tf.BertForMaskedLM.from_pretrained(home / "tied")
     source = Checkpoint.open(str(home / "tied"))

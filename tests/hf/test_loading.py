@@ -20,6 +20,7 @@ from strangers import run_stranger
 
 import mpocli
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
 from mpocli.mpo import SiteShape
@@ -90,7 +91,7 @@ def test_save_pretrained_round_trips_bit_for_bit(family: str, checkpoint: Checkp
 def test_merged_checkpoint_is_ordinary_and_equal(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
     dense, directory = checkpoint(family, TRUNCATED)
     mpo = type(dense).from_pretrained(directory).eval()
-    merge.run(str(directory), tmp_path / "merged")
+    merge.run(str(directory), MergeConfig(), tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     merged = type(dense).from_pretrained(tmp_path / "merged").eval()
     assert not any(isinstance(module, MPOModule) for module in merged.modules())
@@ -160,7 +161,7 @@ def test_t5_encoder_alone_loads_from_the_whole_model(checkpoint: Checkpoints) ->
 
 def test_generate_runs_and_matches_the_merged_model(checkpoint: Checkpoints, tmp_path: Path) -> None:
     dense, directory = checkpoint("gpt2", TRUNCATED)
-    merge.run(str(directory), tmp_path / "merged")
+    merge.run(str(directory), MergeConfig(), tmp_path / "merged")
     ids = torch.arange(5, 12)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     mpo = type(dense).from_pretrained(directory).generate(ids, **options)
@@ -173,7 +174,7 @@ def test_half_precision_models_keep_their_dtype(dtype: torch.dtype, tmp_path: Pa
     decompose.run(str(tmp_path / "dense"), TRUNCATED, tmp_path / "mpo")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mpo", dtype="auto").eval()
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    merge.run(str(tmp_path / "mpo"), tmp_path / "merged")
+    merge.run(str(tmp_path / "mpo"), MergeConfig(), tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     # Both compute in half precision, by different routes: a few units in the last place of the largest logit.

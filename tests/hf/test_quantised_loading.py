@@ -17,6 +17,7 @@ from sparse_checkpoints import WEIGHTS, assert_same, pruning, stored
 
 import mpocli
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import merge
@@ -50,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleName
             decompose.run(str(path / "dense"), DecomposeConfig(trunc=12, when_larger="decompose"), path / "wide")
         options = QuantizeConfig(bits=3, group=16, layers=ALL) if kind != "bert" else QuantizeConfig(bits=4, layers=ALL)
         quantize.run(str(path / "wide"), options, path / "few")
-        merge.run(str(path / "few"), path / "merged")
+        merge.run(str(path / "few"), MergeConfig(), path / "merged")
         found[kind] = SimpleNamespace(cls=type(model), few=path / "few", merged=path / "merged", path=path)
         return found[kind]
 

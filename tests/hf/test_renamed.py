@@ -19,6 +19,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 import mpocli  # noqa: F401
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
@@ -88,7 +89,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def _sparse(path: Path, source: str = "dense") -> tuple[Tensor, Tensor]:
     sparsify.run(str(path / source), pruning(0.5, layers=LAYERS), path / "sparse")
     sparsify.run(str(path / source), pruning(0.5, layers=LAYERS, storage="dense"), path / "zeros")
-    merge.run(str(path / "sparse"), path / "merged")
+    merge.run(str(path / "sparse"), MergeConfig(), path / "merged")
     found = outputs(path, "sparse")
     assert close(outputs(path, "merged"), found)
     return found, outputs(path, "zeros")
@@ -104,13 +105,13 @@ def _few_bits(path: Path) -> tuple[Tensor, Tensor]:
     decompose.run(str(path / "dense"), DecomposeConfig(layers=("attention", "ffn")), path / "mpo")
     sparsify.run(str(path / "mpo"), pruning(0.5, layers=("ffn",)), path / "sparse")
     quantize.run(str(path / "sparse"), QuantizeConfig(bits=3, layers=LAYERS), path / "few")
-    merge.run(str(path / "few"), path / "merged")
+    merge.run(str(path / "few"), MergeConfig(), path / "merged")
     return outputs(path, "few"), outputs(path, "merged")
 
 
 def _mpo(path: Path) -> tuple[Tensor, Tensor]:
     decompose.run(str(path / "dense"), DecomposeConfig(layers=LAYERS), path / "mpo")
-    merge.run(str(path / "mpo"), path / "merged")
+    merge.run(str(path / "mpo"), MergeConfig(), path / "merged")
     assert keys(path / "merged") == keys(path / "dense")
     found = outputs(path, "mpo")
     assert close(outputs(path, "merged"), found)
@@ -119,7 +120,7 @@ def _mpo(path: Path) -> tuple[Tensor, Tensor]:
 
 def _experts(path: Path) -> tuple[Tensor, Tensor]:
     expand_moe.run(str(path / "dense"), ExpandConfig(experts=2), path / "experts")
-    merge.run(str(path / "experts"), path / "merged")
+    merge.run(str(path / "experts"), MergeConfig(), path / "merged")
     found = outputs(path, "experts")
     assert close(outputs(path, "merged"), found)
     return found, outputs(path, "dense")
@@ -154,7 +155,7 @@ def test_a_weight_that_loading_makes_of_other_tensors_is_kept_for_a_reason_that_
     assert "one tensor with others" in reasons["k_proj"] and reasons["v_proj"] == reasons["k_proj"]
     assert "several tensors" in reasons["o_proj"] and "another form" in reasons["q_proj"]
     assert "does not store it" in reasons["score"] and reasons["up_proj"] == ""
-    merge.run(str(tmp_path / "mpo"), tmp_path / "merged")
+    merge.run(str(tmp_path / "mpo"), MergeConfig(), tmp_path / "merged")
     assert keys(tmp_path / "merged") == keys(tmp_path / "dense")
     for name in ("mpo", "merged"):
         assert close(logits(tf.LlamaForCausalLM.from_pretrained(tmp_path / name).eval()), logits(model))

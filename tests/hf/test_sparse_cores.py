@@ -28,6 +28,7 @@ from sparse_checkpoints import (
 )
 
 import mpocli
+from mpocli.config.merge import MergeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
@@ -85,9 +86,9 @@ def test_a_tied_table_keeps_its_cores_and_stays_tied_beside_sparse_ones(both: Si
 
 
 def test_merge_of_sparse_cores_and_matrices_is_the_merge_of_dense_ones(both: SimpleNamespace, tmp_path: Path) -> None:
-    merge.run(str(both.sparse), tmp_path / "merged")
+    merge.run(str(both.sparse), MergeConfig(), tmp_path / "merged")
     (both.oracle / "mpo.json").unlink(missing_ok=True)  # its weights have changed
-    merge.run(str(both.oracle), tmp_path / "expected")
+    merge.run(str(both.oracle), MergeConfig(), tmp_path / "expected")
     assert_same(stored(tmp_path / "merged"), stored(tmp_path / "expected"))
 
 

@@ -18,6 +18,7 @@ from strangers import run_stranger
 from torch import Tensor
 
 import mpocli
+from mpocli.config.merge import MergeConfig
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
@@ -48,9 +49,9 @@ def test_without_the_import_loading_is_an_error_and_merged_checkpoints_load_bit_
     sparsify.run(str(tmp_path / "mpo"), pruning(targets=("*.query",)), tmp_path / "cores")
     for wide, name in ((made.dense, "few bits"), (made.sparse, "sparse in few bits")):
         quantize.run(str(wide), QuantizeConfig(), tmp_path / name)
-    merge.run(str(made.sparse), tmp_path / "merged")
-    merge.run(str(tmp_path / "cores"), tmp_path / "merged cores")
-    merge.run(str(tmp_path / "few bits"), tmp_path / "merged few")
+    merge.run(str(made.sparse), MergeConfig(), tmp_path / "merged")
+    merge.run(str(tmp_path / "cores"), MergeConfig(), tmp_path / "merged cores")
+    merge.run(str(tmp_path / "few bits"), MergeConfig(), tmp_path / "merged few")
     encoded = [made.sparse, *(tmp_path / name for name in ("cores", "few bits", "sparse in few bits"))]
     merged = [tmp_path / name for name in ("merged", "merged cores", "merged few")]
     ended = run_stranger(_LOAD, *encoded, *merged, cwd=tmp_path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sparse_checkpoints import BRAIN, NAME, WEIGHTS, assert_same, bits, prunes, pruning, stored, weights_size
 
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import merge
@@ -95,7 +96,7 @@ def test_the_same_input_and_options_give_the_same_bytes(case: Callable[..., Simp
         for out in ("one", "two"):
             sparsify.run(str(made.dense), pruning(**options), place / out)
             decompose.run(str(place / out), DecomposeConfig(trunc=6, targets=("*.c_attn",)), place / f"{out} mpo")
-            merge.run(str(place / out), place / f"{out} merged")
+            merge.run(str(place / out), MergeConfig(), place / f"{out} merged")
         for end in ("", " mpo", " merged"):
             one, two = ({f.name: f.read_bytes() for f in (place / f"{out}{end}").iterdir()} for out in ("one", "two"))
             assert one.keys() == two.keys() and "mpo.json" in one

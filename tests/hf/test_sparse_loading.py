@@ -30,6 +30,7 @@ from sparse_checkpoints import (
 )
 
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
@@ -147,7 +148,7 @@ def test_a_model_of_all_zero_and_of_full_matrices_comes_back(tmp_path: Path) -> 
     sizes = {name: len(t) for name, t in stored(tmp_path / "again").items() if name.endswith("_values")}
     # Where nothing is zero any more there is no mask to keep; the zeros with a sign are kept as values.
     assert sorted(sizes.values()) == [0] * 4 + [48 * 96]
-    merge.run(str(tmp_path / "again"), tmp_path / "merged")
+    merge.run(str(tmp_path / "again"), MergeConfig(), tmp_path / "merged")
     assert_same(type(dense).from_pretrained(tmp_path / "merged"), dense)
 
 
@@ -203,7 +204,7 @@ def test_files_whose_names_lack_the_base_prefix_go_through_every_command(
     sparsify.run(str(tmp_path / "sparse"), pruning(), tmp_path / "anew")
     assert_same(made.cls.from_pretrained(tmp_path / "anew"), expected)
     assert_same(stored(tmp_path / "anew"), stored(tmp_path / "sparse"))
-    merge.run(str(tmp_path / "anew"), tmp_path / "merged")
+    merge.run(str(tmp_path / "anew"), MergeConfig(), tmp_path / "merged")
     assert_same(stored(tmp_path / "merged"), stored(tmp_path / "oracle"))
     decompose.run(str(tmp_path / "sparse"), DecomposeConfig(targets=("*.c_attn",)), tmp_path / "some")
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -257,7 +258,7 @@ def test_a_sparse_table_of_a_base_model_is_tied_to_the_head_that_another_class_a
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     found = Checkpoint.open(str(tmp_path / "again")).totals()
     assert found.params == found.dense_params == loaded.num_parameters()
-    merge.run(str(tmp_path / "again"), tmp_path / "merged")
+    merge.run(str(tmp_path / "again"), MergeConfig(), tmp_path / "merged")
     assert_same(headed.from_pretrained(tmp_path / "merged"), loaded)
 
 

@@ -13,6 +13,7 @@ from families import FAMILIES, VOCABULARY, logits, make
 from safetensors.torch import load_file, save_file
 
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.hf.artifact import Checkpoint
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
@@ -52,7 +53,7 @@ def test_declared_tied_and_stored_apart_stays_apart_everywhere(untied_by_files, 
     assert report.totals.dense_params == parameters
     loaded = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "mpo").eval()
     assert close(logits(loaded), expected)
-    merge.run(str(tmp_path / "mpo"), tmp_path / "merged")
+    merge.run(str(tmp_path / "mpo"), MergeConfig(), tmp_path / "merged")
     assert close(logits(tf.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()), expected)
     loaded.dequantize()
     assert close(logits(loaded), expected)
@@ -117,7 +118,7 @@ def test_bart_s_own_embedding_class_is_decomposed_at_scale_one_too(scale: bool, 
 def test_gemma_s_scale_is_rounded_as_its_own_class_rounds_it(tmp_path: Path) -> None:
     make("gemma3", tmp_path / "dense", dtype=torch.bfloat16)
     decompose.run(str(tmp_path / "dense"), DecomposeConfig(layers=("embedding",)), tmp_path / "mpo")
-    merge.run(str(tmp_path / "mpo"), tmp_path / "merged")
+    merge.run(str(tmp_path / "mpo"), MergeConfig(), tmp_path / "merged")
     mpo, dense = (tf.AutoModelForCausalLM.from_pretrained(tmp_path / d, dtype="auto") for d in ("mpo", "merged"))
     factor = float(mpo.get_input_embeddings().scale)
     assert factor != float(torch.tensor(factor, dtype=torch.bfloat16))  # or rounding it would not show
@@ -180,7 +181,7 @@ def test_buffers_keep_their_bytes_and_may_be_infinite(tmp_path: Path) -> None:
     mask = torch.tensor(-float("inf"), dtype=torch.float16)
     save_file({**load_file(file), "transformer.h.0.attn.masked_bias": mask}, file, metadata={"format": "pt"})
     decompose.run(str(tmp_path / "dense"), DecomposeConfig(trunc=8, dtype="bfloat16"), tmp_path / "mpo")
-    merge.run(str(tmp_path / "mpo"), tmp_path / "merged", dtype="float32")
+    merge.run(str(tmp_path / "mpo"), MergeConfig(dtype="float32"), tmp_path / "merged")
     for step in ("mpo", "merged"):
         kept = load_file(tmp_path / step / "model.safetensors")["transformer.h.0.attn.masked_bias"]
         assert kept.dtype == torch.float16
@@ -225,7 +226,7 @@ def test_an_error_can_be_verified_against_any_input_of_the_chain(tmp_path: Path)
 def test_merge_to_another_dtype_counts_the_dense_bytes_in_it(tmp_path: Path) -> None:
     make("bert", tmp_path / "dense")
     decompose.run(str(tmp_path / "dense"), BODY, tmp_path / "mpo")
-    report = merge.run(str(tmp_path / "mpo"), tmp_path / "merged", dtype="float16")
+    report = merge.run(str(tmp_path / "mpo"), MergeConfig(dtype="float16"), tmp_path / "merged")
     assert report.totals.dense_bytes == 2 * report.totals.dense_params
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
 

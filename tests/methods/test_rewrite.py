@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpocli.config.decompose import DecomposeConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.weight import Weight
@@ -175,7 +176,7 @@ def test_another_encoding_is_loaded_saved_inspected_and_merged(
 
     model = cls.from_pretrained(tmp_path / "int8").eval()
     model.save_pretrained(tmp_path / "saved")
-    merge.run(str(tmp_path / "saved"), tmp_path / "merged")
+    merge.run(str(tmp_path / "saved"), MergeConfig(), tmp_path / "merged")
     logits = models.logits(model)
     assert 0 < (logits - models.logits(dense)).norm() / logits.norm() < 0.05
     assert torch.equal(models.logits(cls.from_pretrained(tmp_path / "merged").eval()), logits)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import mpocli
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.expand_moe import ExpandConfig
+from mpocli.config.merge import MergeConfig
 from mpocli.config.routing import RoutingConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.errors import InputError
@@ -321,7 +322,7 @@ def test_what_merge_writes_is_what_loading_computes(
     what: str, made: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     directory, base = made[what]
-    merge.run(str(directory), tmp_path / "merged")
+    merge.run(str(directory), MergeConfig(), tmp_path / "merged")
     config = json.loads((base / "config.json").read_text())
     cls = getattr(tf, config["architectures"][0])
     ids = torch.arange(3, 11)[None]

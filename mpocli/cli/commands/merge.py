@@ -36,7 +36,7 @@ def command(
     from mpocli.methods import merge
 
     with quiet.transformers(), bars.progress_bar("merge") as progress:
-        report = merge.run(model, destination, **vars(config), overwrite=overwrite, progress=progress)
+        report = merge.run(model, config, destination, overwrite=overwrite, progress=progress)
     console.report("merge", report, lambda: _show(report), json=json)
 
 
