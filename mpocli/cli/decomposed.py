@@ -84,10 +84,9 @@ def _say(report: DecomposeReport) -> None:
     if report.dry_run:
         console.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
     else:
-        console.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+        console.err.print(wording.written(report.out, report.seconds))
         if any(module.action == "mpo" for module in report.modules):
-            line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-            console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+            console.err.print(wording.loading(report.architecture, report.out), style="dim")
 
 
 def _show_cut(modules: Sequence[ModuleReport]) -> None:

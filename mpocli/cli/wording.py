@@ -81,4 +81,14 @@ def notes(modules: Iterable[Any]) -> list[str]:
     return lines
 
 
+def written(out: object, seconds: float) -> str:
+    """The last line of a command that stores something."""
+    return f"written to {out} in {seconds:.{1 if seconds < 60 else 0}f} s"
+
+
+def loading(architecture: str, out: object) -> str:
+    """How to load what an ordinary program would not."""
+    return f"load it with: import mpocli, transformers; transformers.{architecture}.from_pretrained({str(out)!r})"
+
+
 UNKNOWN = "?: not measured (a dry run, or weights that were trained or changed since)"

@@ -95,7 +95,7 @@ def _show(report: DemoReport) -> None:
             for arm in report.arms:
                 if arm.model == model:
                     console.out.print(f"  {arm.made_by:<11} {arm.predictions[number]}")
-    console.err.print(f"\nwritten to {report.out} in {report.seconds:.0f} s. Look closer:")
+    console.err.print(f"\n{wording.written(report.out, report.seconds)}. Look closer:")
     for arm in report.arms:
         if arm.made_by.startswith("--trunc"):
             console.err.print(f"  mpocli inspect {arm.directory} --module '*.0.*' --spectrum")

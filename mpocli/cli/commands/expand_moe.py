@@ -88,4 +88,4 @@ def _show(report: ExpandReport) -> None:
         console.out.print(line, style="dim")
     if report.widened:
         console.err.print(wording.widened(report.widened), style="yellow")
-    console.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+    console.err.print(wording.written(report.out, report.seconds))

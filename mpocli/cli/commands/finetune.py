@@ -80,7 +80,7 @@ def command(
 
 def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -> None:
     """Metrics before and after, what was trained, and where the result is."""
-    from mpocli.cli import console, tables
+    from mpocli.cli import console, tables, wording
 
     first = reports[0]
     table = tables.table("metric", "before", "after", *(("test",) if first.test_metrics else ()))
@@ -116,7 +116,7 @@ def _show(reports: Sequence[FinetuneReport], seeds: tuple[int, ...], out: str) -
     if first.resumed_from:
         console.err.print(f"resumed from step {first.resumed_from:,}")
     where = f"{out}/seed-{{{','.join(map(str, seeds))}}}" if seeds else first.out
-    console.err.print(f"written to {where} in {sum(report.seconds for report in reports):.0f} s")
+    console.err.print(wording.written(where, sum(report.seconds for report in reports)))
 
 
 def _router_lines(report: FinetuneReport) -> list[str]:

@@ -53,4 +53,4 @@ def _show(report: MergeReport) -> None:
     if report.experts:
         what = f"{report.experts} layers have dense experts now, and no stock class has such"
         console.err.print(f"{what}: loading still needs import mpocli", style="yellow")
-    console.err.print(f"written to {report.out} in {report.seconds:.1f} s")
+    console.err.print(wording.written(report.out, report.seconds))

@@ -69,6 +69,5 @@ def _show(report: QuantizeReport) -> None:
     tables.show(table)
     for line in wording.notes(report.kept):
         console.out.print(line, style="dim")
-    console.err.print(f"rounded by {report.method}, written to {report.out} in {report.seconds:.1f} s")
-    line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+    console.err.print(f"rounded by {report.method}, {wording.written(report.out, report.seconds)}")
+    console.err.print(wording.loading(report.architecture, report.out), style="dim")

@@ -99,9 +99,8 @@ def _show(report: SparsifyReport) -> None:
         console.err.print(wording.widened(report.widened), style="yellow")
     if report.resumed_from:
         console.err.print(f"resumed from step {report.resumed_from:,}")
-    console.err.print(f"written to {report.out} in {report.seconds:.0f} s")
-    line = f"load it with: import mpocli, transformers; transformers.{report.architecture}"
-    console.err.print(f"{line}.from_pretrained({report.out!r})", style="dim")
+    console.err.print(wording.written(report.out, report.seconds))
+    console.err.print(wording.loading(report.architecture, report.out), style="dim")
 
 
 def _show_training(report: SparsifyReport) -> None:

@@ -112,4 +112,4 @@ def _show(report: SqueezeReport) -> None:
         console.out.print(f"kept round {report.kept_round} of {len(report.rounds)}, stopped by {_why(report)}")
     if report.resumed_from:
         console.err.print(f"resumed after round {report.resumed_from}")
-    console.err.print(f"written to {report.out} in {report.seconds:.0f} s")
+    console.err.print(wording.written(report.out, report.seconds))
