@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.surroundings import write_surroundings
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import DTYPE_NAMES, CheckpointReader, dtype_wanted
 from mpocli.io.encodings.base import Encoding

@@ -21,7 +21,8 @@ from mpocli.config.expand_moe import ExpandConfig
 from mpocli.config.merge import MergeConfig
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.config.sparsify import SparsifyConfig
-from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.surroundings import write_trained
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.expand_moe import run as expand_moe

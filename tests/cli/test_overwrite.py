@@ -16,7 +16,7 @@ import transformers as tf
 
 from cli.processes import Ended, Moment, Server
 from cli.shell import WEIGHTS, Cli, refused, succeeded, tree
-from mpocli.hf import artifact, side_files
+from mpocli.hf import side_files, surroundings
 from mpocli.io.output import output_directory
 from mpocli.io.writer import CheckpointWriter
 
@@ -193,7 +193,7 @@ def _fail_at_finish(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fail_at_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "_write_json", _full)
+    monkeypatch.setattr(surroundings, "_write_json", _full)
 
 
 def _fail_at_copy(monkeypatch: pytest.MonkeyPatch) -> None:

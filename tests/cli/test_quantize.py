@@ -18,7 +18,8 @@ from cli.shell import WEIGHTS, Cli, refused, rewrite, succeeded
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.errors import InputError
-from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.surroundings import write_trained
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.sparsify import run as sparsify
 from mpocli.nn import MPOModule

@@ -15,8 +15,9 @@ from torch import Tensor
 import mpocli  # noqa: F401  (registers the loader)
 from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.sparsify import SparsifyConfig
-from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.stored import round_to, rounded, stored_dtypes
+from mpocli.hf.surroundings import write_trained
 from mpocli.methods.decompose import run as decompose
 from mpocli.methods.sparsify import run as sparsify
 

@@ -22,7 +22,8 @@ from mpocli.config.merge import MergeConfig
 from mpocli.config.routing import RoutingConfig
 from mpocli.config.sparsify import SparsifyConfig
 from mpocli.errors import InputError
-from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.surroundings import write_trained
 from mpocli.io.signpost import SIGNPOST
 from mpocli.methods import merge
 from mpocli.methods.decompose import run as decompose

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mpocli.config.sparsify import SparsifyConfig
-from mpocli.hf.artifact import Checkpoint, write_surroundings
+from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.surroundings import write_surroundings
 from mpocli.hf.weight import Weight
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense

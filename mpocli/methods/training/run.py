@@ -13,9 +13,10 @@ import torch
 
 from mpocli.config.data import DataOptions
 from mpocli.config.optimisation import Optimisation
-from mpocli.hf.artifact import Checkpoint, write_trained
+from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.memory import keep_packed
 from mpocli.hf.stored import round_to, stored_dtypes
+from mpocli.hf.surroundings import write_trained
 from mpocli.io.claim import discard
 from mpocli.io.output import output_directory
 from mpocli.io.totals import Totals
