@@ -15,8 +15,9 @@ from mpocli.config.data import DataOptions
 from mpocli.config.optimisation import Optimisation
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.methods.data.collator import Collator
 from mpocli.methods.data.scoring import evaluate
-from mpocli.methods.data.task import Collator, prepare
+from mpocli.methods.data.task import prepare
 from mpocli.train.data.collate import IGNORE, collate
 from mpocli.train.data.vocabulary import Vocabulary
 from mpocli.train.evaluate.predict import mask_tokens

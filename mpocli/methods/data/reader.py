@@ -38,11 +38,14 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Reader:
+    """Reads and encodes files for a model: `family` is what does the task, `how` the kind of model that examples are
+    encoded for."""
+
     task: Task
     family: Family
     vocabulary: Vocabulary
     options: DataOptions
-    how: Any
+    how: Family
 
     def encoded(self, examples: Examples) -> Encoded:
         return encode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,30 +13,12 @@ from mpocli.config.tasks import Task, task_named
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.config import class_name
+from mpocli.methods.data.collator import Collator
 from mpocli.methods.data.reader import EvalSet, Reader, eval_sets, expected_labels, window_feature, window_set
 from mpocli.methods.data.vocabulary import check_length, model_vocabulary
-from mpocli.train.data.collate import collate
 from mpocli.train.data.examples import split_off
 from mpocli.train.data.vocabulary import Vocabulary
-from mpocli.train.evaluate.predict import mask_tokens
 from mpocli.train.models import Family, family_of
-
-
-class Collator:
-    """Features to padded batches; for a `masked` language model with tokens hidden.
-
-    Which ones is a function of seed, `epoch` and sample: a resumed run hides the same.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, masked: bool, seed: int) -> None:
-        self.vocabulary, self.masked, self.seed, self.epoch = vocabulary, masked, seed, 0
-
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = collate(features, self.vocabulary.pad)
-        if self.masked:
-            first = (self.seed * 1_009 + self.epoch) * 1_000_003
-            batch["labels"] = mask_tokens(batch, self.vocabulary, [first + feature["index"] for feature in features])
-        return batch
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ def prepare(
     held_out: tuple[EvalSet, ...] = ()
     label_names = expected
     # An encoder-decoder classifies from its end-of-sequence token, which not every tokenizer adds.
-    how: Any = "seq2seq" if checkpoint.config.is_encoder_decoder else "causal" if family == "causal" else "encoder"
+    how: Family = "seq2seq" if checkpoint.config.is_encoder_decoder else "causal" if family == "causal" else "encoder"
     reader = Reader(task, family, vocabulary, options, how)
     if task.kind == "lm":
         if train_source:
