@@ -18,15 +18,15 @@ from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.fit_store import ChosenForm
 from mpocli.methods.planner.rounded import RoundedForm
-from mpocli.methods.rewrite import Rewriting, Stored
+from mpocli.methods.rewrite import Stored
 from mpocli.methods.site_choice import why_larger
 from mpocli.mpo import MPO, SiteShape, Truncation, compress, decompose, stored_error, symmetric_gauge
 from mpocli.mpo.linalg import cast, dtype_name
-from mpocli.progress import Progress
 
 
 class Decomposer:
-    """Follows the plans, and keeps account of what stays nevertheless and why (`kept`, by name).
+    """Follows the plans where the rewriting asks what is `stored` of a weight, and keeps account of what stays
+    nevertheless and why (`kept`, by name).
 
     Without `reads` cores have shapes and no values.
     """
@@ -40,17 +40,6 @@ class Decomposer:
         self.reads = reads
         self.device = device_of(config.device)
         self.kept: dict[str, str] = {}
-
-    def rewriting(self, progress: Progress | None = None) -> Rewriting:
-        return Rewriting(
-            self.checkpoint,
-            [plan.weight for plan in self.plans.values()],
-            self.stored,
-            dtype=self.config.dtype,
-            checks=True,
-            reads=self.reads,
-            progress=progress,
-        )
 
     def stored(self, weight: Weight) -> Stored | None:
         """The cores to store of one weight, None where it turns out larger than it was."""

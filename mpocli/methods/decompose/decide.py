@@ -13,7 +13,6 @@ from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_as_saved
 from mpocli.io.checkpoint import dtype_wanted
 from mpocli.methods.decompose.calibrated import calibrate, measured_sensitivities
-from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.plan import WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.bits_planner import BitsPlanner, Formats
@@ -24,6 +23,8 @@ from mpocli.methods.planner.refit import refit
 from mpocli.mpo import SiteShape
 from mpocli.progress import Progress
 from mpocli.train.models import family_of
+
+SizeOf = Callable[[Sequence[WeightPlan]], int]
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,24 @@ def decide(
     config: DecomposeConfig,
     plans: Sequence[WeightPlan],
     folder: Path,
+    size_of: SizeOf,
     *,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Decision:
-    """Let the planner decide; cores and sums are kept in `folder`.
+    """Let the planner decide; cores and sums are kept in `folder`, and `size_of` gives the exact bytes of the weight
+    files that plans lead to.
 
     Raises what `Planner.plan` and `calibrate` raise.
     """
     assert config.budget is not None
-    budget = in_bytes(checkpoint, config, plans)
+    budget = in_bytes(config, plans, size_of)
     device = device_of(config.device)
     chosen = [plan.weight for plan in plans if plan.sites is not None]
     calibrated = calibrate(checkpoint, config, chosen, folder / "moments", device, progress, warn)
 
     def exact_bytes(shapes: Shapes) -> int:
-        return size_of(checkpoint, config, [_shaped(plan, shapes.get(plan.weight.name)) for plan in plans])
+        return size_of([_shaped(plan, shapes.get(plan.weight.name)) for plan in plans])
 
     cores = folder / "cores"
     cores.mkdir()
@@ -64,7 +67,7 @@ def decide(
     if not calibrated.held_out and not budget.sequential:
         calibrated = replace(calibrated, model=None)  # planning takes its memory
     if budget.bits is not None:
-        return _with_bits(checkpoint, config, plans, fits, progress)
+        return _with_bits(plans, fits, size_of, progress)
     found = Planner(fits, exact_bytes, progress).plan(chosen)
     if budget.sequential and calibrated.model is not None:
         refit(calibrated.model, calibrated.batches, fits, found, chosen, progress)
@@ -78,19 +81,13 @@ def decide(
     return Decision([_decided(plan, found.get(plan.weight.name)) for plan in plans], compared)
 
 
-def _with_bits(
-    checkpoint: Checkpoint,
-    config: DecomposeConfig,
-    plans: Sequence[WeightPlan],
-    fits: FitStore,
-    progress: Progress | None,
-) -> Decision:
+def _with_bits(plans: Sequence[WeightPlan], fits: FitStore, size_of: SizeOf, progress: Progress | None) -> Decision:
     """Bits are a property of what is chosen."""
     assert fits.budget.bits is not None and fits.budget.max_bytes is not None
 
     def exact_bytes(formats: Formats) -> int:
         made = [replace(plan, sites=None, format=formats.get(plan.weight.name)) for plan in plans]
-        return size_of(checkpoint, config, made)
+        return size_of(made)
 
     planner = BitsPlanner(fits, fits.budget.bits, fits.budget.max_bytes, exact_bytes, progress)
     found = planner.plan([plan.weight for plan in plans if plan.sites is not None])
@@ -104,7 +101,7 @@ def _with_bits(
     return Decision(decided)
 
 
-def in_bytes(checkpoint: Checkpoint, config: DecomposeConfig, plans: Sequence[WeightPlan]) -> Budget:
+def in_bytes(config: DecomposeConfig, plans: Sequence[WeightPlan], size_of: SizeOf) -> Budget:
     """The budget, where it is a part of the selected matrices' bytes as one of the whole files."""
     budget = config.budget
     assert budget is not None
@@ -112,14 +109,8 @@ def in_bytes(checkpoint: Checkpoint, config: DecomposeConfig, plans: Sequence[We
         return budget
     chosen = [plan.weight for plan in plans if plan.sites is not None]
     dense = sum(weight.dense_params * dtype_wanted(weight.dtype, config.dtype).itemsize for weight in chosen)
-    whole = size_of(checkpoint, config, [replace(plan, sites=None) for plan in plans])
+    whole = size_of([replace(plan, sites=None) for plan in plans])
     return replace(budget, ratio_bytes=None, max_bytes=whole - dense + int(budget.ratio_bytes * dense))
-
-
-def size_of(checkpoint: Checkpoint, config: DecomposeConfig, plans: list[WeightPlan]) -> int:
-    """The exact bytes of the weight files that these plans lead to."""
-    _, totals = Decomposer(checkpoint, config, plans, reads=False).rewriting().dry_run(config.max_shard_bytes)
-    return totals.bytes
 
 
 def _shaped(plan: WeightPlan, shape: tuple[SiteShape, tuple[int, ...]] | None) -> WeightPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from mpocli.io.scratch import scratch_directory
 from mpocli.io.totals import Totals
 from mpocli.methods.decompose.cores import Decomposer
 from mpocli.methods.decompose.decide import decide
-from mpocli.methods.decompose.plan import plan
+from mpocli.methods.decompose.plan import WeightPlan, plan
 from mpocli.methods.decompose.report import ModuleReport, module_reports
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.planner.compare import Compared
+from mpocli.methods.rewrite import Rewriting
 from mpocli.progress import Progress
 
 
@@ -68,11 +70,16 @@ def run(
     compared: tuple[Compared, ...] = ()
     with scratch_directory(None if dry_run else out) as folder:
         if config.budget is not None:
-            decision = decide(checkpoint, config, plans, folder, progress=progress, warn=warnings.append)
+
+            def size_of(plans: Sequence[WeightPlan]) -> int:
+                worker = Decomposer(checkpoint, config, plans, reads=False)
+                return _rewriting(worker).dry_run(config.max_shard_bytes)[1].bytes
+
+            decision = decide(checkpoint, config, plans, folder, size_of, progress=progress, warn=warnings.append)
             plans, compared = decision.plans, decision.compared
         # Without a tolerance all sizes follow from the shapes, and a dry run needs no data.
         worker = Decomposer(checkpoint, config, plans, reads=not dry_run or bool(config.rel_tol))
-        rewriting, most = worker.rewriting(progress), config.max_shard_bytes
+        rewriting, most = _rewriting(worker, progress), config.max_shard_bytes
         if dry_run:
             manifest, totals = rewriting.dry_run(most)
         else:
@@ -91,6 +98,19 @@ def run(
         architecture=checkpoint.architecture,
         warnings=tuple(warnings),
         compared=compared,
+    )
+
+
+def _rewriting(worker: Decomposer, progress: Progress | None = None) -> Rewriting:
+    """The way through the files on which the worker is asked for every weight that its plans change."""
+    return Rewriting(
+        worker.checkpoint,
+        [plan.weight for plan in worker.plans.values()],
+        worker.stored,
+        dtype=worker.config.dtype,
+        checks=True,
+        reads=worker.reads,
+        progress=progress,
     )
 
 
