@@ -141,6 +141,29 @@ def test_imports_point_down_and_reserved_packages_stay_on_their_floors() -> None
     assert [fault for name, file in names.items() for fault in violations(file.read_text(), name)] == []
 
 
+MOST_LINES = 300
+# Of a function, its docstring counted, on the floors that users' commands are told on.
+MOST_OF_A_FUNCTION = {"methods": 60, "cli": 60}
+
+
+def too_long(source: str, file: str) -> list[str]:
+    """The file, by its path inside `mpocli/`, if it has too many lines, and those of its functions that do."""
+    found = [file] if len(source.splitlines()) > MOST_LINES else []
+    most = MOST_OF_A_FUNCTION.get(file.partition("/")[0])
+    for node in ast.walk(ast.parse(source)):
+        if most and isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= most:
+            found.append(f"{file}:{node.lineno} {node.name}")
+    return found
+
+
+def test_no_file_and_no_function_of_a_command_is_too_long_to_be_read_at_once() -> None:
+    files = sorted((ROOT / "mpocli").rglob("*.py"))
+    assert [name for f in files for name in too_long(f.read_text(), str(f.relative_to(ROOT / "mpocli")))] == []
+    long = "def f():\n" + "    pass\n" * 59
+    assert too_long(long, "cli/a.py") == [] and too_long(long + "    pass\n", "cli/a.py") == ["cli/a.py:1 f"]
+    assert too_long("x = 1\n" * 301, "nn/a.py") == ["nn/a.py"]
+
+
 # What users of the command line type is known to the floors that hold options, and to those above.
 NAMELESS_FLOORS = ("mpo", "quant", "sparse", "nn", "io", "hf", "train")
 

@@ -60,11 +60,10 @@ def run(
 ) -> EvalReport:
     """Evaluate a checkpoint; without `data` only sizes are told.
 
-    `predictions` is written as JSON lines, one a sample: text, prediction, label; a file that exists only with
-    `overwrite`. `path` chooses the kernels of layers
-    that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. `memory` is how weights of few
-    bits are held: unpacked once, or packed (`keep_packed`). Raises `InputError` for data or
-    models that cannot be used, or that do not go together, and `NumericsError` for predictions that are not finite.
+    `predictions` is written as JSON lines, one a sample, over a file that exists only with `overwrite`. `path` chooses
+    the kernels of layers that are mostly zeros: the faster, dense ones, or sparse ones wherever there are. `memory` is
+    how weights of few bits are held: unpacked once, or packed (`keep_packed`). Raises `InputError` for data or models
+    that cannot be used, or do not go together, and `NumericsError` for predictions that are not finite.
     """
     started = time.perf_counter()
     place = device_of(device)
