@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mpocli.errors import InputError
 from mpocli.hf.against_manifest import check_entries, entries_by_name
@@ -83,24 +85,11 @@ def survey(
 
     weights = []
     for parameters in groups:
-        members, roles, obstacle = [], set(), ""
-        for parameter in parameters:
-            name, _, leaf = parameter.rpartition(".")
-            kind, why_not = kind_of(modules[name], leaf)
-            if why_not == FUSED:
-                name = parameter  # one module holds several
-            obstacle = obstacle or why_not or (readers.get(name, "") if kind else "")
-            members.append(Member(name, kind, embedding_scale(modules.get(name))))
-            # a token table is one wherever it is tied to
-            role = role_of(name, is_embedding=name in token_tables)
-            roles |= {role} if role else set()
+        members, obstacle = _members(parameters, modules, readers)
         if not members[0].kind and not obstacle:
             continue
-        shape = tuple(model.get_parameter(parameters[0]).shape)
-        if obstacle == FUSED:
-            shape = (shape[0] * shape[1], shape[2])
-        elif members[0].kind == "conv1d":
-            shape = shape[::-1]
+        # A token table is one wherever it is tied to.
+        roles = {role_of(member.name, is_embedding=member.name in token_tables) for member in members}
         present = [keys.stored[parameter] for parameter in parameters if parameter in keys.stored]
         key = present[0] if present else None
         names = [keys.stored.get(parameter, parameter) for parameter in parameters]
@@ -108,9 +97,9 @@ def survey(
         entry = next((entries[m.name] for m in members if m.name in entries and not entries[m.name].spec.tied_to), None)
         sources = (key,) if key else keys.converted.get(parameters[0], ())
         weight = Weight(
-            tuple(members),
-            frozenset(roles),
-            (shape[0], shape[1]),
+            members,
+            frozenset(role for role in roles if role),
+            _shape(model.get_parameter(parameters[0]), members[0], obstacle),
             key,
             dtype_of(sources, reader),
             obstacle,
@@ -120,19 +109,50 @@ def survey(
         )
         weights.append(checked(weight, reader, _why_not_stored(parameters[0], keys)))
     check_entries(model, weights, entries)
-    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
-    known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
-    cores = {weight.key_of(part) for weight in weights if weight.entry for part in weight.entry.spec.stored_shapes()}
-    ignored = {key for key in reader if key not in known and key not in cores}
     return Survey(
         tuple(weights),
         *dense_size(model, keys, groups, apart, reader),
-        other_keys=frozenset((buffers | ignored) - cores - {weight.key for weight in weights if weight.entry}),
+        other_keys=_other_keys(model, keys, weights, reader),
         token_rows=_rows(model, "get_input_embeddings"),
         target_rows=_target_rows(model),
         reads=str(model.main_input_name),
     )
+
+
+def _members(
+    parameters: Sequence[str], modules: Mapping[str, nn.Module], readers: Mapping[str, str]
+) -> tuple[tuple[Member, ...], str]:
+    """The modules of parameters that are tied to one another, and why their matrix stays what it is, if it does."""
+    members, obstacle = [], ""
+    for parameter in parameters:
+        name, _, leaf = parameter.rpartition(".")
+        kind, why_not = kind_of(modules[name], leaf)
+        if why_not == FUSED:
+            name = parameter  # one module holds several
+        obstacle = obstacle or why_not or (readers.get(name, "") if kind else "")
+        members.append(Member(name, kind, embedding_scale(modules.get(name))))
+    return tuple(members), obstacle
+
+
+def _shape(parameter: nn.Parameter, member: Member, obstacle: str) -> tuple[int, int]:
+    """That of the matrix (O, I) that a parameter is, of fused experts with one below the other."""
+    shape = tuple(parameter.shape)
+    if obstacle == FUSED:
+        return shape[0] * shape[1], shape[2]
+    return (shape[1], shape[0]) if member.kind == "conv1d" else (shape[0], shape[1])
+
+
+def _other_keys(
+    model: PreTrainedModel, keys: FileKeys, weights: Sequence[Weight], reader: CheckpointReader
+) -> frozenset[str]:
+    """The tensors in the files that are no parameters."""
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {key for name, key in keys.stored.items() if name not in parameter_names}
+    known = {*keys.stored.values(), *(key for sources in keys.converted.values() for key in sources)}
+    mpos = [weight for weight in weights if weight.entry]
+    cores = {weight.key_of(part) for weight in mpos if weight.entry for part in weight.entry.spec.stored_shapes()}
+    ignored = {key for key in reader if key not in known and key not in cores}
+    return frozenset((buffers | ignored) - cores - {weight.key for weight in mpos})
 
 
 # Numbers that stand for themselves. Of any other a quantisation config has to say what they stand for, and those that
