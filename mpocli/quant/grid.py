@@ -72,9 +72,13 @@ def dequantised(codes: Tensor, scales: Tensor, offsets: Tensor, grid: Grid, dtyp
     scale = scales.float().unsqueeze(-1)
     # Exact without offsets, so that a level of 0 is never −0.0.
     steps = torch.addcmul(start_of(scale, offsets, grid), padded.reshape(rows, groups, size).to(torch.float32), scale)
-    if dtype == torch.float16:  # the last level may lie beyond what was to be reached
-        steps.clamp_(-_LARGEST, _LARGEST)
-    return steps.reshape(rows, -1)[:, :columns].to(dtype).contiguous()
+    return narrowed(steps, dtype).reshape(rows, -1)[:, :columns].contiguous()
+
+
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (float32, which may be overwritten) in another dtype: the last level may lie beyond float16's end, where
+    no entry was."""
+    return (values.clamp_(-_LARGEST, _LARGEST) if dtype == torch.float16 else values).to(dtype)
 
 
 def nearest(matrix: Tensor, grid: Grid) -> Rounded:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpocli.quant.codes import unpack_codes
-from mpocli.quant.grid import Grid, dequantised
+from mpocli.quant.grid import Grid, dequantised, narrowed
 
 # Entries at a time: what lies between codes and values stays in a cache, and a large table has no second copy.
 _ENTRIES = 1 << 22
@@ -47,8 +47,9 @@ def _values(packed: Tensor, scales: Tensor, offsets: Tensor, grid: Grid, columns
         steps = _table(grid.bits, start, packed.device).index_select(0, _indices(packed, grid.bits)).view(torch.float32)
     steps = steps.view(rows, groups, size)
     scale = scales.float().unsqueeze(-1)
-    steps = torch.addcmul(offsets.float().unsqueeze(-1), steps, scale) if grid.offsets else steps.mul_(scale)
-    return steps.view(rows, columns).to(dtype)
+    # With 0 added what is −0.0 is 0.0, as `dequantised` has it.
+    steps = torch.addcmul(offsets.float().unsqueeze(-1), steps, scale) if grid.offsets else steps.mul_(scale).add_(0.0)
+    return narrowed(steps, dtype).view(rows, columns)
 
 
 def _indices(packed: Tensor, bits: int) -> Tensor:
