@@ -8,6 +8,7 @@ from typing import Any
 from mpocli.errors import InputError
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.io.encodings.corrected import Corrected
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
 
@@ -15,6 +16,7 @@ ENCODINGS: tuple[type[Encoding], ...] = (
     Bitmask,
     Quantised,
     QuantisedBitmask,
+    Corrected,
 )
 
 

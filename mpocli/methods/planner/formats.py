@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import DTYPE_NAMES, DTYPES
+from mpocli.io.encodings.corrected import Corrected
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
@@ -21,12 +24,13 @@ from mpocli.quant.grid import Grid
 @dataclass(frozen=True)
 class Format:
     """A weight's site shape and bonds (None: the matrix itself), and the grid of the matrix or of every core (None:
-    wide)."""
+    wide). A `correction` is the rank of what is stored beside a rounded matrix, 0 for nothing."""
 
     name: str
     grids: tuple[Grid | None, ...]
     sites: SiteShape | None = None
     bonds: tuple[int, ...] | None = None
+    correction: int = 0
 
     def spec(self, weight: Weight) -> MPOSpec | None:
         """What the module of the cores is built from, None for a matrix."""
@@ -48,10 +52,11 @@ class Format:
             return spec.core_shapes()
         return {"weight": weight.shape[::-1] if weight.kind == "conv1d" else weight.shape}
 
-    def encodings(self, weight: Weight, dtype: torch.dtype) -> dict[str, Quantised]:
+    def encodings(self, weight: Weight, dtype: torch.dtype) -> dict[str, Quantised | Corrected]:
         """Of the tensors that are on a grid."""
+        kind: Any = partial(Corrected, rank=self.correction) if self.correction else Quantised
         return {
-            leaf: Quantised(
+            leaf: kind(
                 shape,
                 bits=grid.bits,
                 group=grid.group,
@@ -90,5 +95,5 @@ class Format:
         return ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype), relative_error=relative_error)
 
 
-def _outline(encoding: Quantised) -> tuple[Tensor, ...]:
+def _outline(encoding: Quantised | Corrected) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=DTYPES[dtype], device="meta") for shape, dtype in encoding.part_shapes())

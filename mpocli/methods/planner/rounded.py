@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpocli.hf.weight import Weight
+from mpocli.io.encodings.corrected import FACTOR_BITS, Corrected
+from mpocli.io.encodings.quantised import Quantised
 from mpocli.methods.planner.fit_store import FitStore, relative_error
 from mpocli.methods.planner.formats import Format
 from mpocli.methods.rewrite import Stored
@@ -20,8 +22,8 @@ from mpocli.methods.rounding import RoundedChain, round_chain, round_matrix
 from mpocli.mpo.canonical import canonicalize
 from mpocli.mpo.fitting import FittingProblem
 from mpocli.mpo.linalg import cast
-from mpocli.mpo.weighted import svd_shape, weighted_square
-from mpocli.quant.grid import Grid, searched
+from mpocli.mpo.weighted import WeightedSVD, spectrum, svd_shape, weighted_square
+from mpocli.quant.grid import Grid, Rounded, searched
 
 # Grids of a whole matrix by their bits, the first one measured: by GPTQ at 2 and at 3 bits, whose gain on rounding to
 # nearest is taken for the wider ones. What the others lose beside the first is told by some of the rows.
@@ -33,6 +35,9 @@ _MATRIX = {
     2: tuple(Grid(2, group, offsets) for group in _GROUPS for offsets in (True, False)),
 }
 _ROWS = 64
+# Ranks of corrections that are offered, and how often what one leaves is rounded again.
+_CORRECTIONS = (4, 8, 16, 32, 64)
+_ROUNDS = 2
 # Of two factors; few bits more would be better spent on a wider bond.
 _FACTOR = {8: Grid(8, 64), 4: Grid(4, 64), 3: Grid(3, 64)}
 # Ranks, as parts of the full one, at which the rounding of factors is measured, and how many are offered.
@@ -111,12 +116,21 @@ class _Measure:
                 continue
             plain = self._loss(searched(self.problem.matrix, first).values(self.problem.wide.dtype))
             if self.gram is not None and width <= max(3, min(bits)):
-                made = self._loss(round_matrix(self.problem.wide, self.gram, first).values(self.problem.wide.dtype))
-                gain = made / plain if plain else 1.0
+                made = round_matrix(self.problem.wide, self.gram, first).values(self.problem.wide.dtype)
+                gain = self._loss(made) / plain if plain else 1.0
+                if FACTOR_BITS in bits:
+                    yield from self._corrections(first, self.problem.wide - made)
             yield Format(_name(first), (first,)), gain * plain
             base = self._beside(first)
             for grid in others:
                 yield Format(_name(grid), (grid,)), gain * plain * (self._beside(grid) / base if base else 1.0)
+
+    def _corrections(self, grid: Grid, difference: Tensor) -> Iterator[tuple[Format, float]]:
+        """A low rank of what GPTQ took, beside the matrix on its grid: the tail of its spectrum in the norm is lost."""
+        weights = spectrum(difference, self.problem.gram, self.problem.output)
+        lost = weights.sum() - torch.cumsum(weights, 0)
+        for rank in (rank for rank in _CORRECTIONS if rank <= len(weights) // 4):
+            yield Format(f"{_name(grid)} + rank {rank}", (grid,), correction=rank), float(lost[rank - 1])
 
     def _beside(self, grid: Grid) -> float:
         """The loss on a grid by some of the rows, and the inputs alone."""
@@ -160,30 +174,16 @@ class _Measure:
 def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
     """The weight in a format, its tensors and parts on disk."""
     norm, problem = fits.problem(weight)
-    dtype = fits.stored_dtype(weight)
+    dtype, gram = fits.stored_dtype(weight), fits.moved(norm.input_gram)
     encodings = chosen.encodings(weight, dtype)
-    held: dict[str, Tensor] = {}
     if chosen.sites is None:
-        (grid,) = chosen.grids
-        assert grid is not None
-        rounded = round_matrix(problem.wide, fits.moved(norm.input_gram), grid)
-        for k, part in enumerate(encodings["weight"].parts_of(rounded)):
-            held[f"weight.{k}"] = part
-        values = rounded.values(problem.wide.dtype)
+        held, values = _matrix(problem, gram, chosen, encodings["weight"])
     else:
-        assert chosen.bonds is not None
-        chain = rounded_svd(problem, fits.moved(norm.input_gram), chosen.bonds[1], chosen.grids)
-        rounded_cores = iter(chain.rounded)
-        for leaf, core in zip(chosen.shapes(weight), chain.mpo.cores, strict=True):
-            if leaf in encodings:
-                for k, part in enumerate(encodings[leaf].parts_of(next(rounded_cores))):
-                    held[f"{leaf}.{k}"] = part
-            else:
-                held[leaf] = cast(core, dtype, f"{weight.name}.{leaf}")
-        values = chain.mpo.to_matrix()
+        held, values = _factors(problem, gram, chosen, encodings)
+    whole = {name: cast(tensor, dtype, f"{weight.name}.{name}") for name, tensor in held.items() if "." not in name}
     path = fits.folder / f"{weight.name}.safetensors"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in held.items()}, path)
-    difference, gram = problem.wide - values, fits.moved(norm.input_gram)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in (held | whole).items()}, path)
+    difference = problem.wide - values.to(problem.wide)
     return RoundedForm(
         format=chosen,
         path=path,
@@ -192,6 +192,58 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
         loss=fits.scale(weight, norm, problem) * _loss(problem, values),
         nbytes=chosen.nbytes(weight, dtype),
     )
+
+
+Held = dict[str, Tensor]  # tensors by their leaf, parts by leaf.number
+
+
+def _matrix(
+    problem: FittingProblem, gram: Tensor | None, chosen: Format, encoding: Quantised | Corrected
+) -> tuple[Held, Tensor]:
+    """The matrix on its grid, and what corrects it; what it stands for."""
+    (grid,) = chosen.grids
+    assert grid is not None
+    rounded = round_matrix(problem.wide, gram, grid)
+    values = rounded.values(problem.wide.dtype)
+    if isinstance(encoding, Quantised):
+        return {f"weight.{k}": part for k, part in enumerate(encoding.parts_of(rounded))}, values
+    best: tuple[float, tuple[Tensor, ...], Tensor] | None = None
+    for _ in range(_ROUNDS):  # what is left is rounded again, and its error corrected anew
+        left, right = _residual(problem, problem.wide - values, encoding)
+        whole = values + left.values(values.dtype) @ right.values(values.dtype)
+        loss = _loss(problem, whole)
+        if best is None or loss < best[0]:
+            best = loss, encoding.parts_of(rounded, left, right), whole
+        rounded = round_matrix(problem.wide - (whole - values), gram, grid)
+        values = rounded.values(problem.wide.dtype)
+    assert best is not None
+    return {f"weight.{k}": part for k, part in enumerate(best[1])}, best[2]
+
+
+def _residual(problem: FittingProblem, difference: Tensor, encoding: Corrected) -> tuple[Rounded, Rounded]:
+    """The truncated SVD of a difference in the problem's norm, both factors in eight bits."""
+    pair = canonicalize(WeightedSVD.of(difference, problem.gram, problem.output).mpo(encoding.rank))
+    outer, inner = encoding.factors
+    left, right = (core.reshape(core.shape[0] * core.shape[1], -1) for core in pair.cores)
+    return searched(left, outer.grid), searched(right, inner.grid)
+
+
+def _factors(
+    problem: FittingProblem, gram: Tensor | None, chosen: Format, encodings: Mapping[str, Quantised | Corrected]
+) -> tuple[Held, Tensor]:
+    """The factors of the truncated SVD, rounded or wide; what they stand for."""
+    assert chosen.bonds is not None
+    chain = rounded_svd(problem, gram, chosen.bonds[1], chosen.grids)
+    rounded = iter(chain.rounded)
+    held: Held = {}
+    for k, core in enumerate(chain.mpo.cores):
+        leaf = f"core_{k}"
+        encoding = encodings.get(leaf)
+        if isinstance(encoding, Quantised):
+            held |= {f"{leaf}.{n}": part for n, part in enumerate(encoding.parts_of(next(rounded)))}
+        else:
+            held[leaf] = core
+    return held, chain.mpo.to_matrix()
 
 
 def rounded_svd(
