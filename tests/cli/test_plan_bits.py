@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cli import tasks
 from cli.shell import Cli, refused, succeeded, tree
 from mpocli.hf.artifact import Checkpoint
+from mpocli.io.encodings.corrected import Corrected
 from mpocli.io.encodings.quantised import Quantised
+from mpocli.methods.planner import rounded
 
 Plan = Callable[..., dict[str, Any]]
 BLOCKS = ["--layers", "attention,ffn"]
@@ -83,8 +86,8 @@ def test_the_bytes_of_a_plan_are_those_of_the_files_and_the_budget_is_met(
     limit = plain["totals"]["bytes"] - dense + int(share * dense)
     # A step of matrices this small is some per cent of what a budget leaves for them.
     assert limit - 0.03 * share * dense - 1500 < stored <= limit
-    assert held and all(isinstance(one, Quantised) for one in held.values())
-    assert {one.bits for one in held.values() if isinstance(one, Quantised)} <= set(
+    assert held and all(isinstance(one, Quantised | Corrected) for one in held.values())
+    assert {one.code_bits for one in held.values()} <= set(
         map(int, more[1].split(",")) if "--bits" in more else (8, 4, 3, 2)  # type: ignore[attr-defined]
     )
 
@@ -143,3 +146,28 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     refused(cli("plan", wide / "gpt2", *BLOCKS, *words, *text(lab)), 2, said)
     assert not tree(work)
+
+
+def test_a_correction_is_chosen_where_it_pays_and_comes_back_whole(
+    run: Plan, wide: Path, lab: Path, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two bits and what corrects them alone, as if nothing else were there to choose from."""
+    monkeypatch.setattr(rounded, "_MATRIX", {2: rounded._MATRIX[2][:1]})
+    monkeypatch.setattr(rounded, "_FACTOR", {})
+    before = weights(wide / "gpt2")
+    report = run("decompose", wide / "gpt2", "--ratio-bytes", 0.2, "--bits", "8,2", *text(lab))
+    made = [module for module in chosen(report) if "+ rank" in (module["form"] or "")]
+    assert made and {"corrected"} <= {one.name for one in Checkpoint.open(str(work / "out")).encodings.values()}
+    after = weights(work / "out")
+    for module in made:
+        old, new = before[module["name"]], after[module["name"]]
+        assert module["relative_error"] == pytest.approx(float((old - new).norm() / old.norm()), rel=1e-3)
+    model = tf.AutoModelForCausalLM.from_pretrained(work / "out")
+    model.save_pretrained(work / "again")
+    first, again = (load_file(work / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first if name in again)
+    assert sum(name.endswith("_left") for name in again) == len(made)
+    assert "no mismatch" in succeeded(cli("inspect", "out", "--verify")).out
+    succeeded(cli("merge", "out", "-o", "merged"))
+    for name, weight in weights(work / "merged").items():
+        assert torch.equal(weight.float(), after[name].float())

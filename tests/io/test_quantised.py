@@ -15,6 +15,7 @@ from mpocli.errors import InputError
 from mpocli.io.checkpoint import DTYPE_NAMES, CheckpointReader
 from mpocli.io.encodings.base import Encoding
 from mpocli.io.encodings.bitmask import Bitmask
+from mpocli.io.encodings.corrected import Corrected
 from mpocli.io.encodings.known import encoded, encodings_from
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
@@ -190,3 +191,27 @@ def test_a_changed_tensor_is_stored_with_as_many_values_as_it_has() -> None:
     assert again.nbytes(0, 0) < encoding.nbytes(0, 0)
     assert not bool(again.unpack(*again.pack(fewer))[fewer == 0].any())
     assert not encoding.suits(torch.ones(12, 40))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_correction_stands_for_the_codes_and_a_low_rank_of_what_they_took(transposed: bool, tmp_path: Path) -> None:
+    tensor = _tensor((24, 40))
+    options: dict[str, Any] = {"bits": 2, "group": 8, "offsets": True, "transposed": transposed}
+    plain, errors = Quantised((24, 40), **options), []
+    base = float((plain.unpack(*plain.pack(tensor)) - tensor).norm())
+    for rank in (1, 8, 24):
+        encoding = Corrected((24, 40), rank=rank, **options)
+        parts = encoding.encode(NAME, tensor)
+        assert sum(part.nbytes for name, part in parts.items() if name != NAME) == encoding.nbytes(0, 0)
+        assert encoded(parts) == {NAME: Corrected} and encodings_from({NAME: encoding.to_dict()}) == {NAME: encoding}
+        directory = _directory(tmp_path / str(rank), encoding, tensor)
+        read = CheckpointReader(directory, {NAME: encoding}).read(NAME)
+        errors.append(float((read - tensor).norm()))
+    left = torch.linalg.svdvals((plain.unpack(*plain.pack(tensor)) - tensor).double())
+    for rank, error in zip((1, 8), errors, strict=False):  # as the truncated SVD, but for eight bits
+        assert error == pytest.approx(float(left[rank:].norm()), rel=0.02)
+    assert base > errors[0] > errors[1] > errors[2] and errors[2] < 0.02 * base
+    with pytest.raises(InputError, match=r"the left factor of layer\.weight are"):
+        CheckpointReader(directory, {NAME: Corrected((24, 40), rank=23, **options)})
+    with pytest.raises(InputError, match="malformed"):
+        encodings_from({NAME: encoding.to_dict() | {"rank": 0}})

@@ -118,7 +118,7 @@ class _Measure:
             if self.gram is not None and width <= max(3, min(bits)):
                 made = round_matrix(self.problem.wide, self.gram, first).values(self.problem.wide.dtype)
                 gain = self._loss(made) / plain if plain else 1.0
-                if FACTOR_BITS in bits:
+                if FACTOR_BITS in bits and width < FACTOR_BITS:
                     yield from self._corrections(first, self.problem.wide - made)
             yield Format(_name(first), (first,)), gain * plain
             base = self._beside(first)
