@@ -195,7 +195,7 @@ def _table(names: list[str], work: Path) -> int:
     import models
 
     models.llama(work / "warm")
-    heavy = "merge", "sparsify", "expand_moe", "calibration_data", "decompose_budget"
+    heavy = "merge", "sparsify.run", "expand_moe.run", "data.calibration", "decompose.decide", "quantize.run"
     modeling = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "bart", "llama", "gpt2")]
     counts: Counter[str] = Counter()
     notes: list[str] = []

@@ -57,7 +57,7 @@ written   = eval {told} {e2e-dev} --max-new-tokens 8 --predictions told.jsonl
 broken    = finetune {mpo} {lm} --steps 6 --save-steps 2 --log-steps 2 ! INT
 resumed   = finetune {mpo} {lm} --steps 6 --save-steps 2 --log-steps 2 --resume > broken
 svd       = finetune {model} {sst2} --steps 2 --overparam svd --layers attention
-dynamic   = finetune {model} {sst2} --steps 4 --overparam dynamic --top-n 1 --splits 2
+dynamic   = finetune {model} {sst2} --steps 4 --overparam dynamic --top-n 2 --splits 2
 static    = finetune {model} {sst2} --steps 4 --overparam static --top-n 1 --layers attention --score-batches 1
 raised    = finetune {model} {sst2} --steps 2 --overparam none --mpo-lr 4e-4
 
@@ -76,6 +76,14 @@ thinner   = eval {sparsegpt} --task lm --eval {test.txt} --max-length 512 --base
 pst-eval  = eval {pst} {sst2-dev} --baseline {plain} --path sparse
 zeros     = inspect {pst}
 filled    = merge {pst-mpo}
+
+int4      = quantize {model} --bits 4
+gptq      = quantize {model} --bits 3 --target '*.layers.1.*' {text}
+centres   = quantize {mpo} --bits 4 --cores central
+eighth    = decompose {model} --ratio-bytes 0.12 --bits auto --target '*.layers.0.*' {text}
+lean      = eval {int4} --task lm --eval {test.txt} --max-length 512 --memory lean
+beside    = finetune {centres} {lm} --steps 2
+wide      = merge {int4}
 
 experts   = expand-moe {model} --experts 2
 dense-moe = expand-moe {model} --experts 2 --baseline-moe
@@ -102,7 +110,7 @@ OPTIONS = {
     "e2e": "--task e2e --train {e2e.csv} --max-length 64 --batch-size 4 --lr 1e-5",
     "e2e-dev": "--task e2e --eval {e2e-few.csv} --max-length 64",
 }
-WRITERS = ("decompose", "merge", "finetune", "squeeze", "sparsify", "expand-moe")
+WRITERS = ("decompose", "merge", "finetune", "squeeze", "sparsify", "quantize", "expand-moe")
 
 
 @dataclass(frozen=True)
