@@ -70,7 +70,7 @@ USAGE = {
     "share of a hundred": (["--ratio", "60"], "--ratio 60.0"),
     "calibration without a budget": (
         ["--calibrate", "x.txt"],
-        "--calibrate without --ratio, --max-bytes or --max-error",
+        "--calibrate without --ratio, --ratio-bytes, --max-bytes or --max-error",
     ),
     "task that the hub has no rows of": (["--ratio", "50%", "--calibrate", "e2e"], "--calibrate e2e"),
     "seed that is no number": (["--seed", "x"], "'--seed'"),
