@@ -129,6 +129,8 @@ class RoutingConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RoutingConfig:
         """Raises `InputError` for options that this mpocli does not know or that cannot be meant."""
+        if not isinstance(data, Mapping):
+            raise InputError("config.json: its `routing` is no JSON object", hint="restore the file")
         known = {field.name for field in fields(RouterOptions)}
         try:
             router = RouterOptions(**{name: value for name, value in data.items() if name in known})

@@ -69,7 +69,10 @@ def _described(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Ma
         check_same("config.json", f"tensor {name}", quantization["encodings"][name], encoding.to_dict())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     entries = tuple(ModuleEntry(name, None, spec, dtype) for name, spec in specs.items())
-    return Manifest(modules=entries, encodings=encodings, routing=dict(quantization.get("routing") or {}))
+    routing = quantization.get("routing") or {}
+    if not isinstance(routing, Mapping):
+        raise InputError("config.json: the `routing` of its quantization_config is no JSON object", hint=RESTORE)
+    return Manifest(modules=entries, encodings=encodings, routing=dict(routing))
 
 
 def _parsed(path: Path, data: Mapping[str, Any]) -> Manifest:

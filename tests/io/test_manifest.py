@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mpocli.config.routing import RoutingConfig
 from mpocli.errors import InputError
 from mpocli.io.manifest import Manifest
 from mpocli.io.matrix_entry import MatrixEntry
@@ -169,3 +170,14 @@ def test_a_list_of_matrices_that_was_changed_or_is_none_is_refused(key: str, tmp
             (tmp_path / "mpo.json").write_text(json.dumps(changed))
             with pytest.raises(InputError, match=r"mpo\.json: "):
                 read_manifest(tmp_path, _config(MANIFEST))
+
+
+@pytest.mark.parametrize("part", ["modules", "encodings", "routing"])
+@pytest.mark.parametrize("value", [5, 1e300, True, "x", [1], [["a", 1]]])
+def test_a_part_of_the_config_that_is_no_object_is_told_so(part: str, value: object, tmp_path: Path) -> None:
+    quantization = _config(MANIFEST)["quantization_config"] | {part: value}
+    with pytest.raises(InputError, match=r"JSON object"):
+        read_manifest(tmp_path, {"quantization_config": quantization})
+    if part == "routing":
+        with pytest.raises(InputError, match="no JSON object"):
+            RoutingConfig.from_dict(value)  # type: ignore[arg-type]
