@@ -19,17 +19,23 @@ def show(report: DecomposeReport) -> None:
     """The table by role, what was kept and why, and where the result is."""
     # The worst error of the outputs, where there was a calibration: what a bound on the error is about.
     outputs = ("output",) if any(module.weighted_error is not None for module in report.modules) else ()
-    table = tables.table("role", "as MPO", "parameters", "→ after", "ratio", "worst err", "mean err", *outputs)
+    rounded = ("rounded",) if any(module.action == "quantised" for module in report.modules) else ()
+    sizes = ("→ bytes",) if rounded else ()
+    columns = "role", "as MPO", *rounded, "parameters", "→ after", "ratio", *sizes, "worst err", "mean err", *outputs
+    table = tables.table(*columns)
     for role, modules in wording.by_role(report.modules):
-        made = [module for module in modules if module.action == "mpo"]
+        made = [module for module in modules if module.action != "kept"]
+        chains = sum(module.action == "mpo" for module in made)
         known = [module.relative_error for module in made if module.relative_error is not None]
         before, after = sum(m.dense_params for m in modules), sum(m.params for m in modules)
         table.add_row(
             role or "other",
-            f"{len(made)} of {len(modules)}",
+            f"{chains} of {len(modules)}",
+            *((f"{len(made) - chains}",) if rounded else ()),
             wording.count(before),
             wording.count(after),
             wording.ratio(after, before),
+            *((wording.size(sum(m.bytes for m in modules)),) if sizes else ()),
             _over(max, known, made),
             _over(statistics.mean, known, made),
             *((_worst_output(made),) if outputs else ()),
@@ -39,10 +45,13 @@ def show(report: DecomposeReport) -> None:
     totals = report.totals
     rest = totals.dense_params - sum(module.dense_params for module in report.modules)
     if rest:
-        table.add_row("rest", "", wording.count(rest), wording.count(rest), "1.000", style="dim")
+        table.add_row(
+            "rest", "", *("" for _ in rounded), wording.count(rest), wording.count(rest), "1.000", style="dim"
+        )
     table.add_section()
     whole = wording.count(totals.dense_params), wording.count(totals.params), f"{totals.ratio:.3f}"
-    table.add_row("model", "", *whole, style="bold")
+    size = (wording.size(totals.bytes),) if sizes else ()
+    table.add_row("model", "", *("" for _ in rounded), *whole, *size, style="bold")
     tables.show(table)
     if any(module.action == "mpo" and module.relative_error is None for module in report.modules):
         console.out.print(wording.UNKNOWN, style="dim")
@@ -79,13 +88,13 @@ def _say(report: DecomposeReport) -> None:
             f"the input had {report.before.params:,} parameters: without a truncation option what is decomposed grows",
             style="yellow",
         )
-    if not any(module.action == "mpo" for module in report.modules):
+    if all(module.action == "kept" for module in report.modules):
         console.err.print("nothing was decomposed", style="yellow")
     if report.dry_run:
         console.err.print(f"dry run: nothing written; the weights would take {totals.bytes:,} bytes")
     else:
         console.err.print(wording.written(report.out, report.seconds))
-        if any(module.action == "mpo" for module in report.modules):
+        if any(module.action != "kept" for module in report.modules):
             console.err.print(wording.loading(report.architecture, report.out), style="dim")
 
 

@@ -131,7 +131,7 @@ class Budget:
             parse=_bits,
         ),
         needs("--max-bytes", "--ratio-bytes", why="bits count in a budget of bytes"),
-        excludes("--shapes paper", why="factors of two are rounded"),
+        excludes("--shapes paper", why="of chains with more than two cores none is rounded"),
     ] = None
     allocation: Annotated[
         Literal["global", "uniform"],

@@ -146,6 +146,11 @@ class DecomposeConfig:
         return self.trunc if own is None else own
 
     @property
+    def counts_bytes(self) -> bool:
+        """Whether a plan is made for bytes, of a part of the matrices or with bits in it."""
+        return self.budget is not None and (self.budget.bits is not None or self.budget.ratio_bytes is not None)
+
+    @property
     def truncates(self) -> bool:
         caps = (self.trunc, self.emb_trunc, self.attention_trunc, self.ffn_trunc, self.pooler_trunc)
         return any(cap is not None for cap in caps) or bool(self.rel_tol)

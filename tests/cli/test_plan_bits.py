@@ -171,3 +171,23 @@ def test_a_correction_is_chosen_where_it_pays_and_comes_back_whole(
     succeeded(cli("merge", "out", "-o", "merged"))
     for name, weight in weights(work / "merged").items():
         assert torch.equal(weight.float(), after[name].float())
+
+
+def test_what_is_in_few_bits_already_is_left_and_a_share_is_of_the_bytes_that_there_are(
+    cli: Cli, wide: Path, lab: Path, work: Path
+) -> None:
+    few = ["--layers", "ffn"]
+    succeeded(cli("quantize", wide / "gpt2", *few, "-o", "few"))
+    refused(cli("plan", "few", *few, "--ratio-bytes", 0.5, "--bits", "auto"), 3, "are in few bits already", "merge")
+    done = succeeded(cli("decompose", "few", *BLOCKS, "--ratio-bytes", 0.2, "--bits", "auto", "-o", "more"))
+    assert "left as it was: 2 ffn matrices: is in few bits already" in done.err and "load it with" in done.err
+    assert "rounded" in done.out and "nothing was decomposed" not in done.err
+    before, after = ((work / name / "model.safetensors").stat().st_size for name in ("few", "more"))
+    attention = 4 * (64 * 192 + 64 * 64)
+    assert before - attention < after <= before - 0.8 * attention
+    report = succeeded(cli("inspect", "few", "--json")).json
+    assert [m["relative_error"] for m in report["modules"] if m["bits"]] == [None, None]
+    succeeded(cli("sparsify", wide / "gpt2", "--method", "magnitude", "--sparsity", 0.5, *few, "-o", "thin"))
+    thin = (work / "thin" / "model.safetensors").stat().st_size
+    succeeded(cli("decompose", "thin", *few, "--ratio-bytes", 0.4, "--bits", "auto", "-o", "thinner"))
+    assert 0 < (work / "thinner" / "model.safetensors").stat().st_size < thin

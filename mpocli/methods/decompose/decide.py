@@ -11,6 +11,7 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.tasks import task_named
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.loading import load_as_saved
+from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import dtype_wanted
 from mpocli.methods.decompose.calibrated import calibrate, measured_sensitivities
 from mpocli.methods.decompose.plan import WeightPlan
@@ -51,7 +52,7 @@ def decide(
     Raises what `Planner.plan` and `calibrate` raise.
     """
     assert config.budget is not None
-    budget = in_bytes(config, plans, size_of)
+    budget = in_bytes(checkpoint, config, plans, size_of)
     device = device_of(config.device)
     chosen = [plan.weight for plan in plans if plan.sites is not None]
     calibrated = calibrate(checkpoint, config, chosen, folder / "moments", device, progress, warn)
@@ -101,16 +102,25 @@ def _with_bits(plans: Sequence[WeightPlan], fits: FitStore, size_of: SizeOf, pro
     return Decision(decided)
 
 
-def in_bytes(config: DecomposeConfig, plans: Sequence[WeightPlan], size_of: SizeOf) -> Budget:
+def in_bytes(checkpoint: Checkpoint, config: DecomposeConfig, plans: Sequence[WeightPlan], size_of: SizeOf) -> Budget:
     """The budget, where it is a part of the selected matrices' bytes as one of the whole files."""
     budget = config.budget
     assert budget is not None
     if budget.ratio_bytes is None:
         return budget
     chosen = [plan.weight for plan in plans if plan.sites is not None]
-    dense = sum(weight.dense_params * dtype_wanted(weight.dtype, config.dtype).itemsize for weight in chosen)
+    dense = sum(_nbytes(checkpoint, weight, config.dtype) for weight in chosen)
     whole = size_of([replace(plan, sites=None) for plan in plans])
     return replace(budget, ratio_bytes=None, max_bytes=whole - dense + int(budget.ratio_bytes * dense))
+
+
+def _nbytes(checkpoint: Checkpoint, weight: Weight, dtype: str | None) -> int:
+    """What a matrix has in the files now, or would in another dtype."""
+    assert weight.key is not None
+    wanted = dtype_wanted(weight.dtype, dtype)
+    if wanted == weight.dtype:
+        return sum(part.nbytes for part in checkpoint.reader.parts(weight.key))
+    return int(weight.dense_params * wanted.itemsize)
 
 
 def _shaped(plan: WeightPlan, shape: tuple[SiteShape, tuple[int, ...]] | None) -> WeightPlan:

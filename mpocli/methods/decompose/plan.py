@@ -20,6 +20,7 @@ from mpocli.methods.site_choice import sites_of, why_larger
 from mpocli.mpo import SiteShape, Truncation
 
 MPO_ALREADY = "is an MPO already"
+ROUNDED = "is in few bits already, which no plan for bytes rounds again"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             plans.append(_again(checkpoint, config, weight, weight.entry.spec))
         elif weight.obstacle:
             plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
+        elif config.counts_bytes and _is_rounded(checkpoint, weight):
+            plans.append(WeightPlan(weight, None, truncation, ROUNDED))
         else:
             sites = sites_of(weight, config.shapes, config.sites)
             if config.budget is not None:
@@ -85,7 +88,16 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             size = sites.num_params(sites.capped_bond_dims(config.cap(weight.role)))
             reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
             plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))
+    if plans and all(plan.reason in (ROUNDED, "not selected") for plan in plans):
+        raise InputError(
+            f"{checkpoint.source.name}: all {len(chosen)} matrices that are chosen are in few bits already",
+            hint="run mpocli merge and plan anew",
+        )
     return plans
+
+
+def _is_rounded(checkpoint: Checkpoint, weight: Weight) -> bool:
+    return weight.key is not None and not checkpoint.reader.encoding(weight.key).is_exact
 
 
 def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec: MPOSpec) -> WeightPlan:

@@ -251,6 +251,8 @@ def _as_encoded(
     if any(reader.encoding(key).code_bits for key in parts):
         sizes = [(sum(part.nbytes for part in reader.parts(key)), reader.specs[key].numel) for key in keys]
         view = replace(view, bits=8 * sum(size for size, _ in sizes) / sum(entries for _, entries in sizes))
+        if weight.entry is None:  # what rounding took is not in the files
+            view = replace(view, relative_error=None)
     sparse = [key for key in keys if key in zeros]
     if not sparse:
         return view
