@@ -56,7 +56,8 @@ def _bits(given: str, option: str) -> tuple[int, ...]:
         return _WIDTHS
     if not all(word.isdecimal() and int(word) in _WIDTHS for word in words):
         raise UsageError(
-            f"{option} {given!r}: the widths are {', '.join(map(str, _WIDTHS))}", hint=f"write {option} auto or 8,4,3"
+            f"{option} {given!r}: the widths are {', '.join(map(str, _WIDTHS))}",
+            hint=f"write {option} auto alone, for all of them, or {option} 8,4,3",
         )
     return tuple(width for width in _WIDTHS if str(width) in words)
 

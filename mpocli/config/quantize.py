@@ -75,7 +75,11 @@ class QuantizeConfig:
             max_length=(needs(ROWS_OF_TASK, why="windows take --seq-len"),),
         ),
     ] = None
-    seed: Annotated[int, Option("--seed", "Of the samples.", "N", recorded=False, check=seed(63)), ALWAYS] = 0
+    seed: Annotated[
+        int,
+        Option("--seed", "Of the samples.", "N", recorded=False, check=seed(63)),
+        needs("--calibrate", why="nothing is drawn"),
+    ] = 0
     max_shard_bytes: Annotated[common.ShardBytes, {"recorded": False}] = 5 * 10**9
     device: common.Device = "auto"
     revision: common.Revision = None

@@ -58,7 +58,9 @@ def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], 
             kept.append(Skipped(weight.name, weight.role, reason))
     if not targets:
         why = f": {kept[0].name}: {kept[0].reason}" if kept else f" among {','.join(config.layers or DEFAULT_ROLES)}"
-        raise InputError(f"{checkpoint.source.name}: nothing to round{why}", hint="see --layers and --target")
+        again = bool(kept) and all("already" in one.reason for one in kept)
+        hint = "run mpocli merge first" if again else "see --layers and --target"
+        raise InputError(f"{checkpoint.source.name}: nothing to round{why}", hint=hint)
     return targets, kept
 
 
