@@ -324,16 +324,16 @@ def test_text_to_text_models_are_pruned_on_both_sides(
 def test_samples_counts_rows_and_a_short_text_is_told(
     sparsify: Sparsify, cli: Cli, lab: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpocli.methods.sparsify import calibrated as sparsify_calibrated
+    from mpocli.methods.data import by_blocks
 
     seen: list[int] = []
-    real = sparsify_calibrated.sequential
+    real = by_blocks.sequential
 
     def watched(model: Any, batches: list[dict[str, Tensor]], *rest: Any, **more: Any) -> None:
         seen.append(sum(len(batch["input_ids"]) for batch in batches))
         real(model, batches, *rest, **more)
 
-    monkeypatch.setattr(sparsify_calibrated, "sequential", watched)
+    monkeypatch.setattr(by_blocks, "sequential", watched)
     task = ["--task", "sst2", "--calibrate", lab / "train.tsv", "--max-length", 32]
     text = ["--calibrate", lab / "train.txt", "--seq-len", 16]
     for number, (options, samples) in enumerate([(task, 3), (task, 11), (text, 3), (text, 11)]):

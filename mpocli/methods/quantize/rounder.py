@@ -12,11 +12,9 @@ from mpocli.config.quantize import QuantizeConfig
 from mpocli.errors import NumericsError, UsageError
 from mpocli.hf.activations import Inputs
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.calibration import sequential
-from mpocli.hf.loading import load_as_saved
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
-from mpocli.methods.data.calibration import calibration_batches, fed
+from mpocli.methods.data.by_blocks import change_by_blocks
 from mpocli.methods.quantize.plan import OnGrids, Target
 from mpocli.methods.rounding import round_chain, round_matrix
 from mpocli.mpo import MPO
@@ -77,34 +75,29 @@ def parts_by_inputs(
             "--calibrate: nothing that is rounded has inputs to look at (tables, experts and sparse weights have none)",
             hint="leave it out",
         )
-    batches = calibration_batches(checkpoint, config.calibration, config.data, config.seed, warn=warn)
-    for target in targets:  # a broken weight is told as such, and not by what it makes of activations
-        for leaf in target.encodings:
-            check_finite(checkpoint.reader.read(target.weight.key_of(leaf)), target.weight.key_of(leaf))
-    model = load_as_saved(checkpoint).to(device)
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in fed(batches, model)]
     made = Known()
-    few: tuple[int, str] | None = None
-    done = 0
 
-    def visit(name: str, module: nn.Module, inputs: Inputs) -> None:
-        nonlocal few, done
+    def rounded(name: str, module: nn.Module, inputs: Inputs) -> None:
         assert inputs.gram is not None
-        size = len(inputs.gram)
-        if inputs.tokens < size and (few is None or size > few[0]):
-            few = size, f"{name}: {inputs.tokens} calibration tokens for {size} inputs"
         gram = regularised(inputs.gram, inputs.tokens, least=_DAMPING, name=name)
         try:
             _layer(module, layers[name], gram, made)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error.message}", hint="leave it out with --ignore") from error
-        done += 1
-        if progress:
-            progress(done, len(layers), name)
 
-    sequential(model, batches, list(layers), visit, gram=True)
-    if few is not None:
-        warn(f"{few[1]}: raise --samples or --seq-len")
+    change_by_blocks(
+        checkpoint,
+        config.calibration,
+        config.data,
+        config.seed,
+        device,
+        list(layers),
+        rounded,
+        keys=[target.weight.key_of(leaf) for target in targets for leaf in target.encodings],
+        gram=True,
+        progress=progress,
+        warn=warn,
+    )
     return made
 
 
