@@ -6,6 +6,8 @@ A Gram matrix G = XᵀX/tokens (I, I) measures the error of an approximation by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,35 @@ def roots(gram: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     # Round-off of the two products is not symmetric.
     root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
     return (root + root.T) / 2, (inverse + inverse.T) / 2
+
+
+def inverse_root(gram: Tensor, dampings: Sequence[float], *, hint: str) -> Tensor:
+    """Upper triangular U with UᵀU = H⁻¹, H the damped Gram matrix with its live diagonal scaled to a mean of 1.
+
+    U_jj² is [H⁻¹]_jj of the columns from j on, and U_j: / U_jj the row of that inverse over its diagonal. With
+    J H J = L Lᵀ, J the reversal, U = J L⁻¹ J: one factorisation, and H⁻¹ itself is never formed. The first of the
+    `dampings`, which are added to the diagonal, that makes H positive definite is taken; an input that was always zero
+    has a 1 there. Raises `NumericsError` where none does, with `hint` for what else could be tried.
+
+    >>> inverse_root(torch.tensor([[1.6, 0.0], [0.0, 0.4]], dtype=torch.float64), (0.0,), hint="")
+    tensor([[0.7906, 0.0000],
+            [0.0000, 1.5811]], dtype=torch.float64)
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    scale = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    reverse = (gram / scale).flip(0, 1)
+    reverse.diagonal()[dead.flip(0)] = 1.0
+    for damping in dampings:
+        damped = reverse.clone()
+        damped.diagonal().add_(damping)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+            return inverse.flip(0, 1)
+    raise NumericsError(
+        f"the Gram matrix of {len(gram)} inputs is not positive definite, not even with {dampings[-1]:g} of its mean "
+        "diagonal added",
+        hint=f"calibrate on more tokens, or {hint}",
+    )

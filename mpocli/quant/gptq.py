@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpocli.errors import NumericsError
+from mpocli.mpo.gram import inverse_root
 from mpocli.quant.grid import Grid, Rounded, best_scales, codes_of, nearest, searched, start_of
 
 # Columns after which the errors are passed on to all that follow, at once.
@@ -39,7 +39,7 @@ def gptq(matrix: Tensor, gram: Tensor, grid: Grid) -> Rounded:
 
 def _passed_on(matrix: Tensor, gram: Tensor, grid: Grid) -> Rounded:
     rows, columns = matrix.shape
-    root = inverse_root(gram).to(torch.float32)
+    root = inverse_root(gram, _DAMPINGS, hint="round to nearest").to(torch.float32)
     work = matrix.to(torch.float32).T.contiguous()  # a row of it is a column: contiguous
     size = grid.size(columns)
     counts = root.diagonal().reciprocal().square()
@@ -74,29 +74,3 @@ def _block(size: int, columns: int) -> int:
     if size <= _BLOCK:
         return _BLOCK // size * size
     return _BLOCK if size == columns or size % _BLOCK == 0 else size
-
-
-def inverse_root(gram: Tensor) -> Tensor:
-    """Upper triangular U with UᵀU = (G/m)⁻¹, m the mean of G's diagonal; U_jj² is its [G⁻¹]_jj of the columns from j
-    on, times m.
-
-    With J G J = L Lᵀ, J the reversal, U = J L⁻¹ J. Where G has no such factor, some of m is added to its diagonal.
-    Raises `NumericsError` where that does not help.
-
-    >>> inverse_root(torch.tensor([[1.6, 0.0], [0.0, 0.4]], dtype=torch.float64))
-    tensor([[0.7906, 0.0000],
-            [0.0000, 1.5811]], dtype=torch.float64)
-    """
-    mean = float(gram.diagonal().mean())
-    reverse = gram.flip(0, 1) / mean if mean > 0 else torch.zeros_like(gram)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for damping in _DAMPINGS if mean > 0 else (1.0,):
-        lower, failed = torch.linalg.cholesky_ex(reverse + damping * eye)
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-            return inverse.flip(0, 1)
-    raise NumericsError(
-        f"the Gram matrix of {len(gram)} inputs is not positive definite, not even with {_DAMPINGS[-1]:g} of its mean "
-        "diagonal added",
-        hint="calibrate on more tokens, or round to nearest",
-    )

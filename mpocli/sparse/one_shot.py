@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpocli.errors import InputError, NumericsError
+from mpocli.mpo.gram import inverse_root
 from mpocli.sparse.masks import Pattern, n_of_m_mask, smallest_mask, zeros_in
 
 
@@ -53,7 +54,10 @@ def sparsegpt(
         raise InputError(f"{columns} input columns are no multiple of {group}", hint="choose another ‹pattern›")
     _check_finite(weight, "the weight")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
-    root = _inverse_root(gram.to(dtype), damping)
+    _check_finite(gram, "the Gram matrix of the inputs")
+    # Few tokens make H singular; damping does not always lift it above the rounding of float32.
+    dampings = (damping, *(max(damping, 1e-3) * 10**k for k in (1, 2, 3)))
+    root = inverse_root(gram.to(dtype), dampings, hint="prune by magnitude or with Wanda")
     costs = root.diagonal().square().masked_fill(gram.diagonal() == 0, math.inf)  # [H⁻¹]_jj; inf makes a score 0
     # (I, O), so that a column of the weight is contiguous; a copy even where the weight is a transpose already.
     work = weight.detach().to(dtype).T.clone(memory_format=torch.contiguous_format)
@@ -121,35 +125,6 @@ def _contract(cores: Sequence[Tensor]) -> Tensor:
         joined = torch.einsum("boic,cpjd->bopijd", result, core)
         result = joined.reshape(bond, out * core.shape[1], in_ * core.shape[2], core.shape[3])
     return result.squeeze(-1)
-
-
-def _inverse_root(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with UᵀU = H⁻¹, H the damped Gram matrix with its live diagonal scaled to a mean of 1.
-
-    U_jj² is [H⁻¹]_jj of the columns from j on, and U_j: / U_jj the row of that inverse over its diagonal. With
-    J H J = L Lᵀ, J the reversal, U = J L⁻¹ J: one factorisation, and H⁻¹ itself is never formed.
-    """
-    _check_finite(gram, "the Gram matrix of the inputs")
-    diagonal = gram.diagonal()
-    dead = diagonal == 0
-    scale = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-    reverse = (gram / scale).flip(0, 1)
-    reverse.diagonal()[dead.flip(0)] = 1.0
-    # Few tokens make H singular; damping does not always lift it above the rounding of float32.
-    attempts = [damping, *(max(damping, 1e-3) * 10**k for k in (1, 2, 3))]
-    for attempt in attempts:
-        damped = reverse.clone()
-        damped.diagonal().add_(attempt)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-            return inverse.flip(0, 1)
-    raise NumericsError(
-        f"the Gram matrix of {len(gram)} inputs is not positive definite, not even with {attempts[-1]:g} of its mean "
-        "diagonal added",
-        hint="calibrate on more tokens, or prune by magnitude or with Wanda",
-    )
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:

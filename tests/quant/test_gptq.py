@@ -13,7 +13,8 @@ from torch import Tensor
 from mpocli.errors import NumericsError
 from mpocli.methods.rounding import round_chain, round_matrix
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape
-from mpocli.quant.gptq import gptq, inverse_root
+from mpocli.mpo.gram import inverse_root
+from mpocli.quant.gptq import gptq
 from mpocli.quant.grid import Grid, Rounded, best_scales, nearest, searched
 
 MINILM = Path(__file__).parents[3] / "shared" / "models" / "minilm-l6"
@@ -120,7 +121,7 @@ def test_a_gram_matrix_without_a_cholesky_factor_is_damped_until_it_has_one(kind
 def test_a_gram_matrix_that_is_none_is_one_clear_line() -> None:
     wrong = torch.diag(torch.tensor([1.0, -0.9, 1.0], dtype=torch.float64))
     with pytest.raises(NumericsError, match="Gram matrix of 3 inputs is not positive definite"):
-        inverse_root(wrong)
+        inverse_root(wrong, (0.0, 1e-2), hint="round to nearest")
 
 
 # --- chains -----------------------------------------------------------------------------------------------------------
