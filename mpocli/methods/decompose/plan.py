@@ -10,12 +10,12 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.of_model import check_model
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.matrices import select
 from mpocli.hf.weight import Weight
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.planner.fit_store import ChosenForm
 from mpocli.methods.planner.formats import Format
 from mpocli.methods.planner.rounded import RoundedForm
+from mpocli.methods.selection import check_glob, chosen_weights
 from mpocli.methods.site_choice import sites_of, why_larger
 from mpocli.mpo import SiteShape, Truncation
 
@@ -51,9 +51,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
     Raises `InputError` where nothing is selected, a glob matches nothing or a shape does not fit.
     """
     weights = checkpoint.survey.weights
-    chosen = select(
-        weights, layers=config.layers, targets=config.targets, ignore=config.ignore, default_roles=DEFAULT_ROLES
-    )
+    chosen = chosen_weights(checkpoint, config, DEFAULT_ROLES)
     if not chosen:
         have = sorted({role for weight in weights for role in weight.roles})
         raise InputError("no weight matrix is selected", hint=f"this model has the roles {', '.join(have) or 'none'}")
@@ -67,7 +65,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
         )
     for glob, _ in config.shapes:
         if not any(fnmatchcase(member.name, glob) for weight in chosen for member in weight.members):
-            select(weights, layers=None, targets=(glob,), ignore=(), default_roles=(), target_option="--shape")
+            check_glob(checkpoint, glob, "--shape")
             raise InputError(f"--shape {glob!r} matches only matrices that are not selected", hint="see --layers")
     plans = []
     for weight in weights:

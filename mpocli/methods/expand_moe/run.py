@@ -17,7 +17,6 @@ from mpocli.config.expand_moe import ExpandConfig
 from mpocli.errors import InputError, UsageError
 from mpocli.hf.artifact import Checkpoint
 from mpocli.hf.layout import layouts
-from mpocli.hf.matrices import select
 from mpocli.hf.skeleton import build_skeleton
 from mpocli.hf.values import read_mpo
 from mpocli.hf.weight import Weight
@@ -31,6 +30,7 @@ from mpocli.methods.expand_moe.plan import Network, networks, placed
 from mpocli.methods.expand_moe.report import ExpandReport, experts_report
 from mpocli.methods.inputs import paths_read
 from mpocli.methods.rewrite import Rewriting, Stored
+from mpocli.methods.selection import check_glob, chosen_weights
 from mpocli.methods.site_choice import sites_of
 from mpocli.methods.skipped import Skipped
 from mpocli.mpo import MPO, Truncation, decompose, stored_error
@@ -98,24 +98,11 @@ def run(
 
 def _chosen(checkpoint: Checkpoint, config: ExpandConfig) -> tuple[list[Network], list[Skipped]]:
     """The networks that the options choose, and what is kept."""
-    chosen = select(
-        checkpoint.survey.weights,
-        layers=config.layers,
-        targets=config.targets,
-        ignore=config.ignore,
-        default_roles=DEFAULT_ROLES,
-    )
+    chosen = chosen_weights(checkpoint, config, DEFAULT_ROLES)
     found, kept = networks(chosen)
     for glob, _ in config.shapes:
         if not any(fnmatchcase(weight.name, glob) for network in found for weight in network.weights):
-            select(
-                checkpoint.survey.weights,
-                layers=None,
-                targets=(glob,),
-                ignore=(),
-                default_roles=(),
-                target_option="--shape",
-            )
+            check_glob(checkpoint, glob, "--shape")
             raise InputError(f"--shape {glob!r} matches no matrix that becomes experts", hint="see --layers")
     return found, kept
 

@@ -10,13 +10,13 @@ from mpocli.config.of_model import check_model
 from mpocli.config.quantize import QuantizeConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.matrices import select
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import DTYPE_NAMES
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.dense import Dense
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.encodings.quantised_bitmask import QuantisedBitmask
+from mpocli.methods.selection import chosen_weights
 from mpocli.methods.skipped import Skipped
 from mpocli.mpo.linalg import dtype_name
 
@@ -41,13 +41,7 @@ class Target:
 def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], list[Skipped]]:
     """What is rounded and what is not. Raises `InputError` where nothing is left, or a glob matches nothing, and
     `UsageError` for an option that this model has no use for."""
-    chosen = select(
-        checkpoint.survey.weights,
-        layers=config.layers,
-        targets=config.targets,
-        ignore=config.ignore,
-        default_roles=DEFAULT_ROLES,
-    )
+    chosen = chosen_weights(checkpoint, config, DEFAULT_ROLES)
     check_model(config, checkpoint.source.name, {"cores"} if any(weight.entry for weight in chosen) else ())
     targets, kept = [], []
     for weight in chosen:

@@ -11,8 +11,8 @@ from torch import Tensor
 from mpocli.config.sparsify import CALIBRATED, DEFAULT_ROLES, SparsifyConfig
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
-from mpocli.hf.matrices import select
 from mpocli.hf.weight import Weight
+from mpocli.methods.selection import chosen_weights
 from mpocli.methods.skipped import Skipped
 from mpocli.nn.masked import Layout
 
@@ -56,13 +56,7 @@ class Target:
 
 def plan(checkpoint: Checkpoint, config: SparsifyConfig) -> tuple[list[Target], list[Skipped]]:
     """What is pruned and what is not. Raises `InputError` where nothing is left, or a glob matches nothing."""
-    chosen = select(
-        checkpoint.survey.weights,
-        layers=config.layers,
-        targets=config.targets,
-        ignore=config.ignore,
-        default_roles=DEFAULT_ROLES,
-    )
+    chosen = chosen_weights(checkpoint, config, DEFAULT_ROLES)
     targets, kept = [], []
     for weight in chosen:
         target, reason = _target(weight, config)
