@@ -15,7 +15,7 @@ from mpocli.mpo.linalg import working_dtype
 from mpocli.mpo.mpo import MPO
 from mpocli.mpo.weighted import weighted_square
 from mpocli.quant.gptq import gptq
-from mpocli.quant.grid import Grid, Rounded, nearest, searched
+from mpocli.quant.grid import Grid, Rounded, searched
 from mpocli.sparse.one_shot import core_gram
 
 # Shares of the bond's weights that a pair's first factor may carry: its entries' sizes decide what rounding takes.
@@ -32,12 +32,10 @@ class RoundedChain:
     loss: float
 
 
-def round_matrix(matrix: Tensor, gram: Tensor | None, grid: Grid, *, searches: bool = True) -> Rounded:
-    """W (R, C) on its grids: by `gptq` in the norm of its inputs' G (C, C), else to nearest, where it is for the
-    entry's own sake (`searches`: on the grids of least squared error)."""
-    if gram is not None:
-        return gptq(matrix, gram, grid)
-    return searched(matrix, grid) if searches else nearest(matrix, grid)
+def round_matrix(matrix: Tensor, gram: Tensor | None, grid: Grid) -> Rounded:
+    """W (R, C) on its grids: by `gptq` in the norm of its inputs' G (C, C), without one on those of least squared
+    error."""
+    return searched(matrix, grid) if gram is None else gptq(matrix, gram, grid)
 
 
 def round_chain(

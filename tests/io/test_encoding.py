@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from mpocli.errors import InputError
 from mpocli.io.checkpoint import DTYPES, CheckpointReader
 from mpocli.io.encodings import known
-from mpocli.io.encodings.base import D, Encoding, Part, RoundedEncoding
+from mpocli.io.encodings.base import Encoding, Part, RoundedEncoding
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.known import encoded, encoding_of, encodings_from
 from mpocli.io.manifest import Manifest
@@ -334,8 +334,12 @@ class Rows(RoundedEncoding):
     def nbytes(self, zeros: int, itemsize: int) -> int:
         return self.shape[0] * (self.shape[1] + 2)
 
-    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
-        return "" if parts[0].shape == self.shape else f"the rows of {name} are {parts[0].shape}"
+    @property
+    def layout(self) -> str:
+        return "rows"
+
+    def part_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        return (self.shape, "I8"), (self.shape[:1], "F16")
 
 
 class Read(Rows):

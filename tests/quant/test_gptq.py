@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mpocli.errors import NumericsError
-from mpocli.methods.rounding import round_chain, round_matrix
+from mpocli.methods.rounding import round_chain
 from mpocli.mpo import MPO, SiteShape, Truncation, decompose, site_shape
 from mpocli.mpo.gram import inverse_root
 from mpocli.quant.gptq import gptq
@@ -159,7 +159,7 @@ def test_the_loss_of_a_chain_is_that_of_its_parts(name: str, known: bool) -> Non
     assert chain.loss == pytest.approx(float((weighted * difference).sum()), rel=1e-6, abs=1e-9)
     if gram is not None and name != "zeros":
         plain = tuple(
-            _values(round_matrix(core.flatten(0, 1).flatten(1), None, grid, searches=False), core)
+            _values(nearest(core.flatten(0, 1).flatten(1), grid), core)
             for core, grid in zip(mpo.cores, grids, strict=True)
         )
         worse = mpo.to_matrix() - MPO(plain, mpo.shape).to_matrix()

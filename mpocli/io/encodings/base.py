@@ -45,7 +45,7 @@ class Encoding(ABC):
 
     - `own_fields` where it adds fields: they are written by themselves, and read by that alone;
     - `dense_dtype` and `in_dtype` where no part has the tensor's dtype: those of `RoundedEncoding`, which has a field
-      for it;
+      for it, and tells what the parts must be from `part_shapes`;
     - `of` where a field tells of the values, `problem` where values can contradict one;
     - `suits` where a tensor may be stored so no longer once it was changed;
     - `zeros` where the parts' shapes tell how many there are, `holds_zeros` where training must leave them alone;
@@ -185,6 +185,24 @@ class RoundedEncoding(Encoding):
     @abstractmethod
     def dtype(self) -> str:
         """The dtype of the tensor it stands for, by safetensors' word."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """What is stored, for messages: "4 bits in groups of 64"."""
+
+    @abstractmethod
+    def part_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape and dtype, by safetensors' word, of every part."""
+
+    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
+        for part, spec, (shape, dtype) in zip(self.parts, parts, self.part_shapes(), strict=True):
+            if spec.shape != shape or spec.dtype != dtypes[dtype]:
+                return (
+                    f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.layout} for shape "
+                    f"{'x'.join(map(str, self.shape))} need {dtype} of {shape}"
+                )
+        return ""
 
     def dense_dtype(self, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> D:
         return dtypes[self.dtype]

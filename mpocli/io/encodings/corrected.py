@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mpocli.io.encodings.base import D, Part, RoundedEncoding
+from mpocli.io.encodings.base import Part, RoundedEncoding
 from mpocli.io.encodings.quantised import Quantised
-from mpocli.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ class Corrected(RoundedEncoding):
     The form of LQER, QERA and their kind (Zhang et al. 2024; Zhang et al. 2025); the matrix is whole in memory.
 
     >>> Corrected((768, 3072), bits=2, rank=16).nbytes(0, 0)
-    726048
+    726560
     """
 
     bits: int = 4
@@ -63,6 +62,10 @@ class Corrected(RoundedEncoding):
     def code_bits(self) -> int:
         return self.bits
 
+    @property
+    def layout(self) -> str:
+        return f"{self.base.layout} and rank {self.rank}"
+
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Rounded to the grids of least squared error, and the truncated SVD of what that took."""
         import torch
@@ -95,19 +98,8 @@ class Corrected(RoundedEncoding):
         return self.base.nbytes(0, 0) + sum(factor.nbytes(0, 0) for factor in self.factors)
 
     def part_shapes(self) -> tuple[tuple[tuple[int, int], str], ...]:
-        """Shape and dtype, by safetensors' word, of every part."""
         outer, inner = self.factors
         return *self.base.part_shapes(), *outer.part_shapes()[:2], *inner.part_shapes()[:2]
-
-    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
-        for part, spec, (shape, dtype) in zip(self.parts, parts, self.part_shapes(), strict=True):
-            if spec.shape != shape or spec.dtype != dtypes[dtype]:
-                return (
-                    f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.bits} bits in groups of "
-                    f"{self.group or 'a row'} and rank {self.rank} for shape {'x'.join(map(str, self.shape))} need "
-                    f"{dtype} of {shape}"
-                )
-        return ""
 
     @classmethod
     def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from mpocli.io.dtypes import STORED_DTYPES
-from mpocli.io.encodings.base import D, Part, RoundedEncoding
-from mpocli.io.tensor_spec import TensorSpec
+from mpocli.io.encodings.base import Part, RoundedEncoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +52,10 @@ class Quantised(RoundedEncoding):
     @property
     def code_bits(self) -> int:
         return self.bits
+
+    @property
+    def layout(self) -> str:
+        return f"{self.bits} bits in groups of {self.group or 'a row'}"
 
     @property
     def grid(self) -> Grid:
@@ -122,21 +125,11 @@ class Quantised(RoundedEncoding):
         return -(-self.matrix_shape[1] // self.group) if self.group else 1
 
     def part_shapes(self) -> tuple[tuple[tuple[int, int], str], ...]:
-        """Shape and dtype, by safetensors' word, of every part."""
         from mpocli.quant.sizes import row_bytes
 
         rows, columns = self.matrix_shape
         codes = (rows, row_bytes(columns, self.bits))
         return (codes, "U8"), ((rows, self.groups), "F16"), ((rows, self.groups if self.offsets else 0), "F16")
-
-    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
-        for part, spec, (shape, dtype) in zip(self.parts, parts, self.part_shapes(), strict=True):
-            if spec.shape != shape or spec.dtype != dtypes[dtype]:
-                return (
-                    f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.bits} bits in groups of "
-                    f"{self.group or 'a row'} for shape {'x'.join(map(str, self.shape))} need {dtype} of {shape}"
-                )
-        return ""
 
     @classmethod
     def own_fields(cls, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mpocli.errors import InputError
 from mpocli.io.dtypes import STORED_DTYPES
-from mpocli.io.encodings.base import D, Part, RoundedEncoding
+from mpocli.io.encodings.base import Part, RoundedEncoding
 from mpocli.io.encodings.bitmask import Bitmask
 from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.tensor_spec import TensorSpec
@@ -115,21 +115,14 @@ class QuantisedBitmask(RoundedEncoding):
     def groups(self) -> int:
         return -(-self.kept // self.group) if self.group else self.whole.matrix_shape[0]
 
-    def misfit(self, name: str, parts: Sequence[TensorSpec[D]], dtypes: Mapping[str, D]) -> str:
-        sizes = (
-            -(-math.prod(self.shape) // 8),
-            -(-self.kept * self.bits // 8),
-            self.groups,
-            self.groups if self.offsets else 0,
-        )
-        for part, spec, size in zip(self.parts, parts, sizes, strict=True):
-            if spec.shape != (size,) or part.dtype is None or spec.dtype != dtypes[part.dtype]:
-                return (
-                    f"the {part.noun} of {name} are {spec.dtype} of shape {spec.shape}, {self.kept} kept values of "
-                    f"{self.bits} bits in groups of {self.group or 'a row'} for shape "
-                    f"{'x'.join(map(str, self.shape))} need {part.dtype} of ({size},)"
-                )
-        return ""
+    @property
+    def layout(self) -> str:
+        return f"{self.kept} kept values of {self.whole.layout}"
+
+    def part_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        mask, levels = -(-math.prod(self.shape) // 8), -(-self.kept * self.bits // 8)
+        sizes = mask, levels, self.groups, self.groups if self.offsets else 0
+        return tuple(((size,), dtype) for size, dtype in zip(sizes, ("U8", "U8", "F16", "F16"), strict=True))
 
     def zeros(self, parts: Sequence[TensorSpec[Any]]) -> int:
         """What the mask drops; of the others some may have been rounded to zero."""
