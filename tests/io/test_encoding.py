@@ -359,7 +359,7 @@ def test_an_encoding_whose_parts_have_all_their_dtype_says_the_tensors_in_a_fiel
     assert reader.specs[NAME] == TensorSpec(NAME, torch.bfloat16, (6, 7))
     assert encoding.in_dtype("F16") == replace(encoding, dtype="F16")
     assert encodings_from({NAME: replace(encoding, beta=3).to_dict()}) == {NAME: replace(encoding, beta=3)}
-    without = type("Without", (Encoding,), {**vars(Rows)})
+    without = type("Without", (Encoding,), {**vars(Rows), "misfit": RoundedEncoding.misfit})
     with pytest.raises(TypeError, match="Without: no part tells the tensor's dtype; make it a RoundedEncoding"):
         without.dense_dtype(without((6, 7)), reader.parts(NAME), DTYPES)
 

@@ -13,13 +13,12 @@ from mpocli.hf.values import read_mpo
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import dtype_wanted
 from mpocli.io.module_entry import ModuleEntry
-from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.decompose.plan import MPO_ALREADY, WeightPlan
 from mpocli.methods.device import device_of
 from mpocli.methods.planner.fit_store import ChosenForm
 from mpocli.methods.planner.rounded import RoundedForm
 from mpocli.methods.rewrite import Stored
-from mpocli.methods.site_choice import why_larger
+from mpocli.methods.site_choice import spec_of, why_larger
 from mpocli.mpo import MPO, SiteShape, Truncation, compress, decompose, stored_error, symmetric_gauge
 from mpocli.mpo.linalg import cast, dtype_name
 
@@ -51,7 +50,7 @@ class Decomposer:
         assert plan.sites is not None
         if not self.reads:
             bonds = plan.bonds or plan.sites.capped_bond_dims(self.config.cap(weight.role))
-            spec = _spec(weight, plan.sites, bonds)
+            spec = spec_of(weight, plan.sites, bonds)
             cores = {core: torch.empty(shape, dtype=dtype, device="meta") for core, shape in spec.core_shapes().items()}
             return Stored(cores, ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype)))
         if plan.form is not None:
@@ -74,7 +73,7 @@ class Decomposer:
         entry = ModuleEntry(
             name=weight.name,
             role=weight.role,
-            spec=_spec(weight, sites, mpo.bond_dims),
+            spec=spec_of(weight, sites, mpo.bond_dims),
             dtype=dtype_name(dtype),
             relative_error=difference / norm if norm else 0.0,
             discarded_weight=error.discarded_weight,
@@ -120,21 +119,10 @@ class Decomposer:
 def _solved(form: ChosenForm, weight: Weight, dtype: torch.dtype) -> Stored:
     """The planner's cores, which are in the dtype of the output already."""
     mpo = form.mpo(weight.shape)
-    spec = _spec(weight, mpo.site_shape, mpo.bond_dims)
+    spec = spec_of(weight, mpo.site_shape, mpo.bond_dims)
     error = form.relative_error
     return _stored(mpo, ModuleEntry(weight.name, weight.role, spec, dtype_name(dtype), relative_error=error))
 
 
 def _stored(mpo: MPO, entry: ModuleEntry) -> Stored:
     return Stored({f"core_{k}": core.cpu() for k, core in enumerate(mpo.cores)}, entry)
-
-
-def _spec(weight: Weight, sites: SiteShape, bonds: tuple[int, ...]) -> MPOSpec:
-    return MPOSpec(
-        kind=weight.kind,
-        shape=weight.shape,
-        out_dims=sites.out_dims,
-        in_dims=sites.in_dims,
-        bond_dims=bonds,
-        scale=weight.members[0].scale,
-    )

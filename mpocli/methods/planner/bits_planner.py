@@ -9,14 +9,12 @@ from mpocli.errors import UsageError
 from mpocli.hf.weight import Weight
 from mpocli.methods.planner.fit_store import FitStore
 from mpocli.methods.planner.formats import Format
-from mpocli.methods.planner.parallel import run_parallel
+from mpocli.methods.planner.parallel import over_weights
 from mpocli.methods.planner.rounded import Option, RoundedForm, make, options
 from mpocli.mpo.allocation import Curve, allocate
 from mpocli.progress import Progress
 
 Formats = dict[str, Format]
-# Elements of a matrix up to which several are worked on at a time.
-_SIDE_BY_SIDE = 10**7
 # Rounds in which what headers leave of the budget is offered again.
 _ROUNDS = 8
 
@@ -95,10 +93,4 @@ class BitsPlanner:
         )
 
     def _for_all(self, what: str, do: Callable[[Weight], None], weights: Sequence[Weight]) -> None:
-        for number, weight in enumerate(run_parallel(weights, do, alone=self._is_alone)):
-            if self.progress is not None:
-                self.progress(number, len(weights), f"{what} {weight.name}")
-
-    def _is_alone(self, weight: Weight) -> bool:
-        elements = max(*(size**2 for size in weight.shape), weight.dense_params)
-        return self.fits.device.type != "cpu" or elements > _SIDE_BY_SIDE
+        over_weights(weights, do, lambda weight: weight, self.fits.device, what, self.progress)

@@ -120,19 +120,24 @@ class FitStore:
         dtype, name = self.stored_dtype(weight), weight.name
         cores = [cast(core, dtype, f"{name}.core_{k}") for k, core in enumerate(made.mpo.cores)]
         stored = MPO(tuple(cores), made.mpo.shape)
-        difference = problem.wide - stored.to(dtype=problem.wide.dtype).to_matrix()
         path = self.folder / f"{name}.safetensors"
         save_file({f"core_{k}": core.cpu().contiguous() for k, core in enumerate(cores)}, path)
-        gram = self.moved(norm.input_gram)
+        error, weighted = self.errors(norm, problem, stored.to(dtype=problem.wide.dtype).to_matrix())
         return ChosenForm(
             name=made.candidate.name,
             sites=made.mpo.site_shape,
             bonds=made.mpo.bond_dims,
             path=path,
-            relative_error=relative_error(difference, problem.wide, None),
-            weighted_error=None if gram is None else relative_error(difference, problem.wide, gram),
+            relative_error=error,
+            weighted_error=weighted,
             loss=self.scale(weight, norm, problem) * made.loss,
         )
+
+    def errors(self, norm: Norm, problem: FittingProblem, values: Tensor) -> tuple[float, float | None]:
+        """The relative and the weighted error, as of a `ChosenForm`, of a matrix that is stored."""
+        difference, gram = problem.wide - values.to(problem.wide), self.moved(norm.input_gram)
+        plain = _relative(difference, problem.wide, None)
+        return plain, None if gram is None else _relative(difference, problem.wide, gram)
 
     def refitted(self, weight: Weight, norm: Norm, form: ChosenForm) -> ChosenForm:
         """The same shape and bonds, fitted in another norm."""
@@ -147,6 +152,6 @@ class FitStore:
         return self.keep(weight, made, norm, problem)
 
 
-def relative_error(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
+def _relative(difference: Tensor, matrix: Tensor, gram: Tensor | None) -> float:
     whole = weighted_square(matrix, gram)
     return math.sqrt(max(weighted_square(difference, gram), 0.0) / whole) if whole else 0.0

@@ -16,6 +16,7 @@ from mpocli.io.encodings.quantised import Quantised
 from mpocli.io.module_entry import ModuleEntry
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.rewrite import Stored
+from mpocli.methods.site_choice import spec_of
 from mpocli.mpo import SiteShape
 from mpocli.mpo.linalg import dtype_name
 from mpocli.quant.grid import Grid
@@ -36,14 +37,7 @@ class Format:
         """What the module of the cores is built from, None for a matrix."""
         if self.sites is None or self.bonds is None:
             return None
-        return MPOSpec(
-            kind=weight.kind,
-            shape=weight.shape,
-            out_dims=self.sites.out_dims,
-            in_dims=self.sites.in_dims,
-            bond_dims=self.bonds,
-            scale=weight.members[0].scale,
-        )
+        return spec_of(weight, self.sites, self.bonds)
 
     def shapes(self, weight: Weight) -> dict[str, tuple[int, ...]]:
         """The tensors by their names below the module, as they are stored."""

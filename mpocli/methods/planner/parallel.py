@@ -10,9 +10,14 @@ from typing import TypeVar
 
 import torch
 
+from mpocli.hf.weight import Weight
+from mpocli.progress import Progress
+
 Job = TypeVar("Job")
 # At a time: each holds some ten matrices of its size or its second moments' in double precision.
 _MOST = 4
+# Elements of a matrix or of its second moments, up to which several are worked on at a time: 80 MB of float64.
+_SIDE_BY_SIDE = 10**7
 
 
 def run_parallel(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Callable[[Job], bool]) -> Iterator[Job]:
@@ -48,6 +53,26 @@ def run_parallel(jobs: Sequence[Job], do: Callable[[Job], None], *, alone: Calla
                 result.result()
         finally:
             stopped.set()
+
+
+def over_weights(
+    jobs: Sequence[Job],
+    do: Callable[[Job], None],
+    weight_of: Callable[[Job], Weight],
+    device: torch.device,
+    what: str,
+    progress: Progress | None,
+) -> None:
+    """`do` for all jobs, announced by their weights' names: large ones alone, and all of them on a GPU."""
+
+    def is_alone(job: Job) -> bool:
+        weight = weight_of(job)
+        elements = max(*(size**2 for size in weight.shape), weight.dense_params)
+        return device.type != "cpu" or elements > _SIDE_BY_SIDE
+
+    for number, job in enumerate(run_parallel(jobs, do, alone=is_alone)):
+        if progress is not None:
+            progress(number, len(jobs), f"{what} {weight_of(job).name}")
 
 
 @contextmanager

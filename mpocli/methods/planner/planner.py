@@ -9,7 +9,7 @@ from mpocli.errors import UsageError
 from mpocli.hf.weight import Weight
 from mpocli.methods.planner.by_error import smallest_within
 from mpocli.methods.planner.fit_store import ChosenForm, FitStore
-from mpocli.methods.planner.parallel import run_parallel
+from mpocli.methods.planner.parallel import over_weights
 from mpocli.methods.planner.planned_weight import PlannedWeight
 from mpocli.mpo import SiteShape
 from mpocli.mpo.allocation import Curve, allocate
@@ -17,8 +17,6 @@ from mpocli.mpo.candidates import bonds_within, svd
 from mpocli.progress import Progress
 
 Shapes = dict[str, tuple[SiteShape, tuple[int, ...]]]
-# Elements of a matrix or of its second moments, up to which several are worked on at a time: 80 MB of float64.
-_SIDE_BY_SIDE = 10**7
 
 
 @dataclass
@@ -223,10 +221,4 @@ class Planner:
     ) -> None:
         """`do` for every open weight, or for these, announced."""
         plans = self._open() if plans is None else plans
-        for number, planned in enumerate(run_parallel(plans, do, alone=self._is_alone)):
-            if self.progress is not None:
-                self.progress(number, len(plans), f"{what} {planned.weight.name}")
-
-    def _is_alone(self, planned: PlannedWeight) -> bool:
-        elements = max(*(size**2 for size in planned.weight.shape), planned.weight.dense_params)
-        return self.fits.device.type != "cpu" or elements > _SIDE_BY_SIDE
+        over_weights(plans, do, lambda planned: planned.weight, self.fits.device, what, self.progress)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mpocli.hf.weight import Weight
 from mpocli.io.encodings.corrected import FACTOR_BITS, Corrected
 from mpocli.io.encodings.quantised import Quantised
-from mpocli.methods.planner.fit_store import FitStore, relative_error
+from mpocli.methods.planner.fit_store import FitStore
 from mpocli.methods.planner.formats import Format
 from mpocli.methods.rewrite import Stored
 from mpocli.methods.rounding import RoundedChain, round_chain, round_matrix
@@ -183,12 +183,12 @@ def make(fits: FitStore, weight: Weight, chosen: Format) -> RoundedForm:
     whole = {name: cast(tensor, dtype, f"{weight.name}.{name}") for name, tensor in held.items() if "." not in name}
     path = fits.folder / f"{weight.name}.safetensors"
     save_file({name: tensor.cpu().contiguous() for name, tensor in (held | whole).items()}, path)
-    difference = problem.wide - values.to(problem.wide)
+    error, weighted = fits.errors(norm, problem, values)
     return RoundedForm(
         format=chosen,
         path=path,
-        relative_error=relative_error(difference, problem.wide, None),
-        weighted_error=None if gram is None else relative_error(difference, problem.wide, gram),
+        relative_error=error,
+        weighted_error=weighted,
         loss=fits.scale(weight, norm, problem) * _loss(problem, values),
         nbytes=chosen.nbytes(weight, dtype),
     )
