@@ -53,7 +53,7 @@ def show(report: DecomposeReport) -> None:
     size = (wording.size(totals.bytes),) if sizes else ()
     table.add_row("model", "", *("" for _ in rounded), *whole, *size, style="bold")
     tables.show(table)
-    if any(module.action == "mpo" and module.relative_error is None for module in report.modules):
+    if any(module.action != "kept" and module.relative_error is None for module in report.modules):
         console.out.print(wording.UNKNOWN, style="dim")
     console.out.print(
         console.spans(

@@ -71,8 +71,7 @@ def notes(modules: Iterable[Any]) -> list[str]:
     grouped: dict[tuple[str, str, str], list[Any]] = {}
     for module in modules:
         if module.reason and module.reason != "not selected":
-            is_dense = module.action == "kept" and "already" not in module.reason
-            what = "kept dense" if is_dense else "left as it was"
+            what = "kept dense" if module.action == "kept" else "left as it was"
             grouped.setdefault((what, module.role or "other", module.reason.partition(" (")[0]), []).append(module)
     lines = []
     for (what, role, reason), members in grouped.items():

@@ -10,6 +10,11 @@ from mpocli.mpo import MPO
 from mpocli.mpo.linalg import check_finite
 
 
+def is_rounded(reader: CheckpointReader, weight: Weight) -> bool:
+    """Whether the files hold a matrix in few bits: not its cores, where it has some."""
+    return weight.entry is None and weight.key is not None and not reader.encoding(weight.key).is_exact
+
+
 def read_mpo(reader: CheckpointReader, weight: Weight) -> MPO:
     """The stored cores of a decomposed weight. Raises `InputError` where one is not finite."""
     assert weight.entry is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Skipped:
-    """A selected matrix that stays as it is, and why."""
+    """A selected matrix that stays as it is, and why. `action` is what it is: `kept` dense, or `quantised` before."""
 
     name: str
     role: str | None

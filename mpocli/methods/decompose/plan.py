@@ -10,6 +10,7 @@ from mpocli.config.decompose import DecomposeConfig
 from mpocli.config.of_model import check_model
 from mpocli.errors import InputError
 from mpocli.hf.artifact import Checkpoint
+from mpocli.hf.values import is_rounded
 from mpocli.hf.weight import Weight
 from mpocli.io.mpo_spec import MPOSpec
 from mpocli.methods.planner.fit_store import ChosenForm
@@ -20,7 +21,6 @@ from mpocli.methods.site_choice import sites_of, why_larger
 from mpocli.mpo import SiteShape, Truncation
 
 MPO_ALREADY = "is an MPO already"
-ROUNDED = "is in few bits already, which no plan for bytes rounds again"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             f"{checkpoint.source.name}: all {len(chosen)} matrices that are chosen are MPOs, which no plan takes apart",
             hint="truncate them with --trunc or --rel-tol, or run mpocli merge and plan anew",
         )
+    if config.counts_bytes and all(is_rounded(checkpoint.reader, weight) for weight in dense):
+        raise InputError(
+            f"{checkpoint.source.name}: all {len(dense)} matrices that are chosen are in few bits already",
+            hint="run mpocli merge and plan anew",
+        )
     for glob, _ in config.shapes:
         if not any(fnmatchcase(member.name, glob) for weight in chosen for member in weight.members):
             check_glob(checkpoint, glob, "--shape")
@@ -76,8 +81,8 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             plans.append(_again(checkpoint, config, weight, weight.entry.spec))
         elif weight.obstacle:
             plans.append(WeightPlan(weight, None, truncation, weight.obstacle))
-        elif config.counts_bytes and _is_rounded(checkpoint, weight):
-            plans.append(WeightPlan(weight, None, truncation, ROUNDED))
+        elif config.counts_bytes and is_rounded(checkpoint.reader, weight):
+            plans.append(WeightPlan(weight, None, truncation, "is in few bits already, which no plan rounds again"))
         else:
             sites = sites_of(weight, config.shapes, config.sites)
             if config.budget is not None:
@@ -86,16 +91,7 @@ def plan(checkpoint: Checkpoint, config: DecomposeConfig) -> list[WeightPlan]:
             size = sites.num_params(sites.capped_bond_dims(config.cap(weight.role)))
             reason = why_larger(size, weight) if config.keeps_larger and not config.rel_tol else ""
             plans.append(WeightPlan(weight, None if reason else sites, truncation, reason))
-    if plans and all(plan.reason in (ROUNDED, "not selected") for plan in plans):
-        raise InputError(
-            f"{checkpoint.source.name}: all {len(chosen)} matrices that are chosen are in few bits already",
-            hint="run mpocli merge and plan anew",
-        )
     return plans
-
-
-def _is_rounded(checkpoint: Checkpoint, weight: Weight) -> bool:
-    return weight.key is not None and not checkpoint.reader.encoding(weight.key).is_exact
 
 
 def _again(checkpoint: Checkpoint, config: DecomposeConfig, weight: Weight, spec: MPOSpec) -> WeightPlan:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mpocli.hf.values import is_rounded
 from mpocli.hf.weight import Weight
 from mpocli.io.checkpoint import CheckpointReader, dtype_wanted
 from mpocli.io.manifest import Manifest
@@ -71,7 +72,7 @@ def _report(
     form = plan.form if is_made else None
     stored = dtype_wanted(weight.dtype, dtype)
     cost = forward_cost(entry.spec) if entry else None
-    error = entry.relative_error if entry else 0.0
+    error = entry.relative_error if entry else None if is_rounded(reader, weight) else 0.0
     if is_made:
         size = plan.format.nbytes(weight, stored) if plan.format else params * stored.itemsize
     else:
@@ -79,7 +80,7 @@ def _report(
     return ModuleReport(
         name=weight.name,
         role=weight.role,
-        action="mpo" if entry else "quantised" if is_made else "kept",
+        action="mpo" if entry else "quantised" if is_made or is_rounded(reader, weight) else "kept",
         reason=reason,
         shape=weight.shape,
         params=params,

@@ -49,13 +49,20 @@ def plan(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[list[Target], 
         if target.encodings:
             targets.append(target)
         if reason:
-            kept.append(Skipped(weight.name, weight.role, reason))
+            kept.append(Skipped(weight.name, weight.role, reason, _action(weight, checkpoint, config)))
     if not targets:
         why = f": {kept[0].name}: {kept[0].reason}" if kept else f" among {','.join(config.layers or DEFAULT_ROLES)}"
-        again = bool(kept) and all("already" in one.reason for one in kept)
+        again = bool(kept) and all(one.action == "quantised" for one in kept)
         hint = "run mpocli merge first" if again else "see --layers and --target"
         raise InputError(f"{checkpoint.source.name}: nothing to round{why}", hint=hint)
     return targets, kept
+
+
+def _action(weight: Weight, checkpoint: Checkpoint, config: QuantizeConfig) -> str:
+    """What a weight that stays is: in few bits already, or as it was."""
+    keys = [weight.key_of(leaf) for leaf, _ in _leaves(weight, config)] if weight.key else []
+    found = [checkpoint.reader.encoding(key).code_bits for key in keys if key in checkpoint.reader]
+    return "quantised" if any(bits is not None for bits in found) else "kept"
 
 
 def _of(weight: Weight, checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[Target, str]:
