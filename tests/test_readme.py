@@ -233,6 +233,8 @@ def test_the_quantize_recipe_runs_from_end_to_end(
     codes = [name for name in planned if name.endswith("_codes")]
     assert codes and all(torch.equal(planned[name], healed[name]) for name in codes)
     assert any(not torch.equal(planned[name], healed[name]) for name in planned)
+    before, after = ((shop / "few" / name / "model.safetensors").stat().st_size for name in ("planned", "healed"))
+    assert before == after
 
 
 def test_the_plan_recipe_runs_from_end_to_end(
